@@ -1,0 +1,60 @@
+"""Named reductions, and the few masked operations that the built-in terms are made of."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.batch import TokenBatch
+from jaxreg.spec import Array, accumulation_dtype
+
+Reduction: TypeAlias = Literal["token_mean", "token_sum", "datum_mean"]
+REDUCTIONS = ("token_mean", "token_sum", "datum_mean")
+
+
+def check_choice(value: object, choices: tuple[str, ...], who: str, what: str) -> None:
+    """Refuse a value that is not one of the choices, and list them."""
+    if value not in choices:
+        raise ValueError(f"{who}: {what} is one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Array:
+    """One scalar of a value a token."""
+    if reduction == "token_sum":
+        return batch.sum(values)
+    return batch.mean(values) if reduction == "token_mean" else batch.datum_mean(values)
+
+
+def real_values(batch: TokenBatch, x: Array, who: str) -> Array:
+    """x in float32 (or float64), with 0 where there is no real token."""
+    if jnp.ndim(x) < 2 or x.shape[:2] != batch.shape:
+        raise ValueError(
+            f"{who}: expected an array of shape [B, T] or [B, T, V] with (B, T) = {batch.shape}, "
+            f"got {jnp.shape(x)}"
+        )
+    return batch.where(x.astype(accumulation_dtype(x.dtype)))
+
+
+def array_from(batch: TokenBatch, name: str, shape: tuple[int, ...], who: str) -> Array:
+    """An array of the batch that must have a given shape, masked and in float32."""
+    if name not in batch:
+        raise KeyError(f"{who}: the batch has no array {name!r}; it has {sorted(batch)}")
+    array = batch[name]
+    if array.shape != shape:
+        raise ValueError(f"{who}: {name!r} has shape {array.shape}, but x has {shape}")
+    return real_values(batch, array, who)
+
+
+def log_probabilities(x: Array, temperature: float = 1.0) -> Array:
+    """Normalised log-probabilities over the last axis, of logits or of log-probabilities alike."""
+    return jax.nn.log_softmax(x / temperature, axis=-1)
+
+
+def plogp_ratio(log_p: Array, log_q: Array) -> Array:
+    """p·(log p − log q), 0 where p = 0, +∞ (with gradient 0) where only q = 0."""
+    finite = jnp.isfinite(log_p) & jnp.isfinite(log_q)
+    safe_p, safe_q = jnp.where(finite, log_p, 0.0), jnp.where(finite, log_q, 0.0)
+    limit = jnp.where(jnp.isneginf(log_p), 0.0, jnp.inf)
+    return jnp.where(finite, jnp.exp(safe_p) * (safe_p - safe_q), limit)

@@ -1,0 +1,186 @@
+"""What comes back: one record a term, and the schema that every tracker and language reads."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from jaxreg.spec import BASE, Array, PyTree
+
+
+@flax.struct.dataclass
+class BaseLossOutput:
+    """What the base loss did.
+
+    Attributes:
+      value: its scalar.
+      grad_norm: L2 norm of d(value)/d(x), or None where norms are not tracked.
+      custom: its own metrics.
+      grad_norm_per_datum: [B], with ``GradNorms(per_datum=True)``.
+    """
+
+    value: Array
+    grad_norm: Array | None = None
+    custom: dict[str, Array] = flax.struct.field(default_factory=dict)
+    grad_norm_per_datum: Array | None = None
+
+
+@flax.struct.dataclass
+class RegularizerOutput:
+    """What one regularizer did.
+
+    Attributes:
+      name: the term's name.
+      value: its own scalar, unweighted.
+      weight: the weight of this step.
+      contribution: ``weight · value``, what it adds to the total.
+      grad_norm: L2 norm of d(value)/d(x), unweighted, or None where norms are not tracked.
+      grad_norm_weighted: ``weight · grad_norm``.
+      custom: its own metrics.
+      grad_norm_per_datum: [B], unweighted, with ``GradNorms(per_datum=True)``.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    value: Array
+    weight: Array
+    contribution: Array
+    grad_norm: Array | None = None
+    grad_norm_weighted: Array | None = None
+    custom: dict[str, Array] = flax.struct.field(default_factory=dict)
+    grad_norm_per_datum: Array | None = None
+
+
+@flax.struct.dataclass
+class CustomLossOutput:
+    """What the objective did: a pytree of arrays, so it passes through jit, vmap and scan.
+
+    Attributes:
+      loss_total: ``base + Σ weightᵢ·valueᵢ``.
+      base_loss: a `BaseLossOutput`.
+      regularizers: name -> `RegularizerOutput`, in the order of the objective.
+      regularizer_total: ``Σ weightᵢ·valueᵢ``.
+      total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
+      state: the state for the next step (empty where nothing needs one).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> base = lambda x, batch: -jnp.sum(x)
+      >>> objective = jr.compose(base, [dict(name="l2", fn=lambda x, b: jnp.sum(x**2), weight=0.5)])
+      >>> _, out = objective(jnp.array([3.0, 4.0]))
+      >>> out.regularizers["l2"].contribution.item()
+      12.5
+      >>> out.to_dict()["loss_total"]
+      5.5
+      >>> sorted(out.to_flat_dict())[:3]
+      ['loss/base', 'loss/regularizer_total', 'loss/total']
+    """
+
+    loss_total: Array
+    base_loss: BaseLossOutput
+    regularizers: OrderedDict[str, RegularizerOutput]
+    regularizer_total: Array
+    total_grad_norm: Array | None = None
+    state: PyTree = flax.struct.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python for JSON: floats, None where there is no number, names in order.
+
+        Numbers that are not finite become None; the names of the terms that made them are then
+        listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"total"`` where only a
+        sum overflowed). One transfer from the device.
+
+        Raises:
+          ValueError: the output holds more than one step (it went through vmap or scan).
+        """
+        host = self._on_host()
+        base = host.base_loss
+        regularizers: dict[str, dict[str, Any]] = {
+            name: {
+                "name": name,
+                "value": _number(term.value),
+                "weight": _number(term.weight),
+                "contribution": _number(term.contribution),
+                "grad_norm": _number(term.grad_norm),
+                "grad_norm_weighted": _number(term.grad_norm_weighted),
+                "custom": {k: _number(v) for k, v in term.custom.items()},
+            }
+            for name, term in host.regularizers.items()
+        }
+        result = {
+            "loss_total": _number(host.loss_total),
+            "base_loss": {
+                "value": _number(base.value),
+                "grad_norm": _number(base.grad_norm),
+                "custom": {k: _number(v) for k, v in base.custom.items()},
+            },
+            "regularizers": regularizers,
+            "regularizer_total": _number(host.regularizer_total),
+            "total_grad_norm": _number(host.total_grad_norm),
+        }
+        nonfinite = _nonfinite(host)
+        return result | ({"nonfinite": nonfinite} if nonfinite else {})
+
+    def to_flat_dict(self) -> dict[str, float]:
+        """Flat metric names to floats, for trackers; a norm that is not tracked is left out.
+
+        ``loss/total``, ``loss/base``, ``loss/regularizer_total``, ``grad_norm/total``,
+        ``grad_norm/base``, ``loss/base/<metric>``, and for each term ``reg/<name>/value``,
+        ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
+        ``…/<metric>``. Numbers that are not finite stay as they are.
+        """
+        host = self._on_host()
+        flat = {
+            "loss/total": host.loss_total,
+            "loss/base": host.base_loss.value,
+            "loss/regularizer_total": host.regularizer_total,
+            "grad_norm/total": host.total_grad_norm,
+            "grad_norm/base": host.base_loss.grad_norm,
+        }
+        flat |= {f"loss/base/{k}": v for k, v in host.base_loss.custom.items()}
+        for name, term in host.regularizers.items():
+            flat |= {
+                f"reg/{name}/value": term.value,
+                f"reg/{name}/weight": term.weight,
+                f"reg/{name}/contribution": term.contribution,
+                f"reg/{name}/grad_norm": term.grad_norm,
+                f"reg/{name}/grad_norm_weighted": term.grad_norm_weighted,
+            }
+            flat |= {f"reg/{name}/{k}": v for k, v in term.custom.items()}
+        return {key: float(value) for key, value in flat.items() if value is not None}
+
+    def _on_host(self) -> CustomLossOutput:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            raise TypeError(
+                "to_dict() and to_flat_dict() read numbers, which do not exist while JAX traces; "
+                "return the output from the jitted function and call them outside"
+            )
+        if np.ndim(self.loss_total) != 0:
+            raise ValueError(
+                f"this output holds {np.shape(self.loss_total)} steps (it went through vmap or "
+                f"scan); take one first: jax.tree.map(lambda a: a[i], out)"
+            )
+        # The state may be as large as the model, and is no metric: it stays where it is.
+        return jax.device_get(self.replace(state={}))  # type: ignore[attr-defined]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _nonfinite(host: CustomLossOutput) -> list[str]:
+    """Names of the terms with a number that is not finite; 'total' if only a sum overflowed."""
+    named = {BASE: host.base_loss} | dict(host.regularizers)
+    names = [
+        name
+        for name, term in named.items()
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(term))
+    ]
+    totals = (host.loss_total, host.regularizer_total, host.total_grad_norm)
+    if not names and not all(math.isfinite(t) for t in totals if t is not None):
+        names.append("total")
+    return names
