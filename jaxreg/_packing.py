@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 SHORTEST, FEWEST_ROWS = 128, 4
@@ -85,7 +86,7 @@ def _array(value: Any, name: str, i: int) -> np.ndarray:
         array = np.asarray(to_numpy() if callable(to_numpy) else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where}: not an array of numbers ({error})") from None
-    is_float = jax.dtypes.issubdtype(array.dtype, np.floating)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)  # bfloat16 too
     if not (is_float or array.dtype.kind in "iub"):
         raise TypeError(f"{where}: not an array of real numbers (dtype {array.dtype})")
     if array.ndim > 2:

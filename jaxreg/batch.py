@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,7 +84,9 @@ class TokenBatch(Mapping[str, Array]):
         arrays, lengths, mask = pack_arrays(
             data, _bucket(length_buckets, "length"), _bucket(row_buckets, "row")
         )
-        return cls(mask, _token_weights(arrays.pop("weights", None), mask, np), lengths, arrays)
+        weights = _token_weights(arrays.pop("weights", None), mask, np)
+        # NumPy arrays: whoever calls the compiled program decides where they go.
+        return cls(*cast(Any, (mask, weights, lengths, arrays)))
 
     @classmethod
     def from_arrays(
@@ -114,7 +115,7 @@ class TokenBatch(Mapping[str, Array]):
         if len(shape) != 2 or bad or any(s != shape for s in shapes):
             raise ValueError(
                 f"TokenBatch.from_arrays: all arrays are [B, T, ...] or [B] with one B and T; "
-                f"got {({n: a.shape for n, a in given.items()})}, mask "
+                f"got { ({n: a.shape for n, a in given.items()}) }, mask "
                 f"{None if mask is None else jnp.shape(mask)}, weights "
                 f"{None if weights is None else jnp.shape(weights)}"
             )
@@ -137,7 +138,8 @@ class TokenBatch(Mapping[str, Array]):
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T), padding included."""
-        return self.mask.shape
+        rows, length = self.mask.shape
+        return rows, length
 
     def where(self, values: Array, fill: ArrayLike = 0.0) -> Array:
         """``values`` [B, T, ...] where tokens are real, ``fill`` elsewhere.
@@ -267,5 +269,3 @@ def as_token_batch(batch: Any, like: Array, who: str) -> TokenBatch:
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )
-
-

@@ -8,7 +8,7 @@ import functools
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -73,14 +73,10 @@ def compose(
       >>> loss.item(), out.regularizers["l1"].value.item(), grads.tolist()
       (3.0, 2.0, [-0.75, -0.75])
     """
-    if loss_fn is None:
-        raise TypeError("compose needs a base loss: a function of (x, batch) as first argument")
-    if isinstance(loss_fn, RegularizerSpec | Mapping) or (
-        isinstance(loss_fn, Sequence) and not callable(loss_fn)
-    ):
+    if not callable(loss_fn):
         raise TypeError(
-            f"compose needs a base loss, a function of (x, batch), before the regularizers; got "
-            f"{type(loss_fn).__name__}"
+            f"compose needs a base loss first, a function of (x, batch), then the regularizers; got "
+            f"{'None' if loss_fn is None else type(loss_fn).__name__}"
         )
     check_term(loss_fn, "base loss")
     specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
@@ -132,7 +128,7 @@ class Plan:
         return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self))
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(eq=False)  # hashed by identity, so that jax.jit(objective) works
 class CompositeLoss:
     """An objective: ``base + Σ weightᵢ·valueᵢ`` as a pure function and a pytree.
 
@@ -154,7 +150,7 @@ class CompositeLoss:
     """
 
     constants: dict[str, Array]
-    held: dict[str, Array]  # for a scheduled weight: whether its constant stands in for the schedule
+    held: dict[str, Array]  # by scheduled term: whether its constant stands in for the schedule
     arrays: tuple[tuple[tuple[Any, ...], ...], tuple[Any, ...]]
     plan: Plan = flax.struct.field(pytree_node=False)
 
@@ -194,7 +190,7 @@ class CompositeLoss:
         An empty dict where nothing needs one; else pass it as ``state=`` and carry ``out.state``.
         """
         terms = {
-            name: fn.init()
+            name: cast(Any, fn).init()
             for name, fn in zip(self.plan.names, self._fns(), strict=True)
             if "state" in requested_arguments(fn)
         }
@@ -212,7 +208,8 @@ class CompositeLoss:
 
     def weights(self, state: PyTree = None) -> dict[str, Array]:
         """Every regularizer's weight by name; schedules are read at the state's step."""
-        return dict(zip(self.names, self._weights(state)[1:], strict=True))
+        weights = zip(self.names, self._weights(state)[1:], strict=True)
+        return {name: weight for name, weight in weights if weight is not None}
 
     def with_weights(self, weights: Mapping[str, ArrayLike]) -> CompositeLoss:
         """The same objective with other weights, running the program that is already compiled.
@@ -453,9 +450,7 @@ def _as_grad_norms(track: bool | GradNorms) -> GradNorms | None:
     return GradNorms() if track else None
 
 
-def _check_spaces(
-    specs: Sequence[RegularizerSpec], forward: object, norms: GradNorms | None
-) -> None:
+def _check_spaces(specs: Sequence[RegularizerSpec], forward: object, norms: GradNorms | None) -> None:
     if forward is not None:
         if not callable(forward):
             raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")

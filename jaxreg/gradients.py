@@ -46,7 +46,7 @@ class GradNorms:
 
     wrt: Literal["outputs", "params"] | None = None
     per_datum: bool = False
-    params: PathFilter | None = None
+    params: PathFilter | list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.wrt not in (None, "outputs", "params"):
@@ -60,6 +60,12 @@ class GradNorms:
                 "GradNorms: per_datum norms are of the outputs' gradient, since a parameter belongs "
                 "to no datum; use wrt='outputs'"
             )
+
+    @property
+    def path_filter(self) -> PathFilter | None:
+        """``params`` as `select_leaves` takes it."""
+        assert not isinstance(self.params, list)  # made a tuple above, so that it can be hashed
+        return self.params
 
 
 class Differentiated(NamedTuple):
@@ -138,12 +144,10 @@ def _norms_of_outputs(
     values, extras, gradients = _term_gradients(terms, outputs, x)
     on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
     cotangent = _weighted_sum(terms, gradients, on_outputs, outputs)
-    chosen = select_leaves(outputs, norms.params, "GradNorms(params=...)")
+    chosen = select_leaves(outputs, norms.path_filter, "GradNorms(params=...)")
     if norms.per_datum:
         _check_rows(outputs)
-    squares = {
-        i: _squares(gradients[i], chosen, keep_leading=norms.per_datum) for i in on_outputs
-    }
+    squares = {i: _squares(gradients[i], chosen, keep_leading=norms.per_datum) for i in on_outputs}
     total = _root(_squares(cotangent, chosen))
     gradient = pull(cotangent)
     if len(on_outputs) < len(terms):
@@ -167,7 +171,7 @@ def _norms_of_params(
     values, extras, gradients = _term_gradients(terms, outputs, params)
     on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
     on_params = [i for i, term in enumerate(terms) if term.on_params]
-    chosen = select_leaves(params, norms.params, "GradNorms(params=...)")
+    chosen = select_leaves(params, norms.path_filter, "GradNorms(params=...)")
 
     stack = jax.tree.map(lambda *c: jnp.stack(c), *(gradients[i] for i in on_outputs))
     # Without the barrier XLA computes each term's gradient again for every product that reads the

@@ -34,6 +34,7 @@ TermFn: TypeAlias = Callable[..., Any]
 Schedule: TypeAlias = Callable[[Any], Any]
 Place: TypeAlias = Literal["outputs", "params"]
 
+NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
 OPTIONAL_ARGUMENTS = ("key", "state")
 RESERVED_METRICS = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
 BASE = "base_loss"
@@ -117,15 +118,12 @@ def check_name(name: object) -> None:
 def check_weight(weight: Any, name: str) -> None:
     """Refuse a weight that is no finite scalar ≥ 0. A traced weight shows its shape and dtype only."""
     who = f"term {name!r}"
-    if isinstance(weight, str | bytes | bool | None) or np.iscomplexobj(weight):
-        raise TypeError(f"{who}: a weight is a real number, an array or a schedule, got {weight!r}")
-    try:
-        shape, dtype = jnp.shape(weight), jnp.result_type(weight)
-    except TypeError as error:
+    if isinstance(weight, bool) or not isinstance(weight, NUMERIC):
         raise TypeError(
             f"{who}: a weight is a real number, a scalar array or a schedule (step -> weight), got "
-            f"{type(weight).__name__}"
-        ) from error
+            f"{weight!r}"
+        )
+    shape, dtype = jnp.shape(weight), jnp.result_type(weight)
     if shape != ():
         raise ValueError(f"{who}: a weight is a scalar, got an array of shape {shape}")
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -242,7 +240,7 @@ def call_term(
 
 
 def _checked_value(value: Any, who: str, contract: str) -> Array:
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int | complex):
+    if not isinstance(value, NUMERIC):
         raise TypeError(f"{who}: a term returns {contract}, got {_kind(value)}")
     if jnp.shape(value) != ():
         raise ValueError(
@@ -270,10 +268,9 @@ def _checked_metrics(metrics: Any, who: str) -> dict[str, Array]:
                 f"{who}: the metric {name!r} would collide with jaxreg's own reg/<name>/{name}; "
                 f"rename it"
             )
-        try:
-            shape, dtype = jnp.shape(metric), jnp.result_type(metric)
-        except TypeError:
-            raise TypeError(f"{who}: metric {name!r} is a scalar, got {_kind(metric)}") from None
+        if not isinstance(metric, NUMERIC):
+            raise TypeError(f"{who}: metric {name!r} is a scalar, got {_kind(metric)}")
+        shape, dtype = jnp.shape(metric), jnp.result_type(metric)
         if shape != ():
             raise ValueError(f"{who}: metric {name!r} is a scalar, got shape {shape}")
         if jnp.issubdtype(dtype, jnp.complexfloating):

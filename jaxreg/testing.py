@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def check_numerics() -> NumericsReport:
         ok=all(error <= _TOLERANCE for error in errors.values()),
         errors=errors,
         platform=jax.default_backend(),
-        versions=f"jax {jax.__version__}, jaxlib {jax.lib.__version__}",
+        versions=f"jax {jax.__version__}, jaxlib {version('jaxlib')}",
     )
 
 

@@ -140,12 +140,13 @@ class KL:
     def _sampled(self, logprobs: Array, reference: Array) -> Array:
         finite = jnp.isfinite(logprobs) & jnp.isfinite(reference)
         d = jnp.where(finite, reference, 0.0) - jnp.where(finite, logprobs, 0.0)
+        limit = jnp.full_like(d, jnp.inf)
         if self.estimator == "k1":
-            divergence, limit = -d, jnp.where(jnp.isneginf(reference), jnp.inf, -jnp.inf)
+            divergence, limit = -d, jnp.where(jnp.isneginf(reference), limit, -limit)
         elif self.estimator == "k2":
-            divergence, limit = 0.5 * d * d, jnp.inf
+            divergence = 0.5 * d * d
         else:
-            divergence, limit = jnp.expm1(d) - d, jnp.inf
+            divergence = jnp.expm1(d) - d
         both_zero = jnp.isneginf(logprobs) & jnp.isneginf(reference)
         return jnp.where(finite, divergence, jnp.where(both_zero, 0.0, limit))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -39,10 +41,12 @@ class L2SP:
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of the parameters x."""
         del batch
-        if jax.tree.structure(x) != jax.tree.structure(self.reference):
+        here: Any = jax.tree.structure(x)
+        there: Any = jax.tree.structure(self.reference)
+        if here != there:
             raise ValueError(
                 "L2SP: x has another structure than the reference; did the spec forget on='params'? "
-                f"x: {jax.tree.structure(x)}; reference: {jax.tree.structure(self.reference)}"
+                f"x: {here}; reference: {there}"
             )
         chosen = select_leaves(x, self.params, "L2SP(params=...)")
         squares = [

@@ -1,0 +1,38 @@
+"""Stricter than production: rank promotion raises, warnings fail (pyproject), seeds are fixed."""
+
+import os
+
+# Eight devices on one CPU, for the sharding tests; must be set before JAX starts a backend.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+from jaxreg.testing import check_numerics
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_sessionstart(session):
+    """Nothing is worth testing on a JAX that computes wrong gradients."""
+    report = check_numerics()
+    if not report.ok:
+        pytest.exit(str(report), returncode=1)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test, restored afterwards."""
+    with jax.enable_x64(True):
+        yield
