@@ -277,7 +277,8 @@ class CompositeLoss:
                     raise ValueError(
                         f"term {name!r}: its schedule gives shape {scheduled.shape}, not a scalar"
                     )
-                weight = jnp.where(self.held[name], weight, scheduled)
+                # No weight is negative, but a linear schedule to 0 may end at -2e-8 by rounding.
+                weight = jnp.where(self.held[name], weight, jnp.maximum(scheduled, 0))
             weights.append(weight)
         return weights
 

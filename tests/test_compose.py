@@ -225,6 +225,12 @@ def test_a_schedule_moves_with_the_state(x, batch):
     assert len(traces) == 1
 
 
+def test_a_schedule_never_goes_below_zero(x, batch):
+    objective = jr.compose(nll, [dict(name="l1", fn=l1, weight=lambda step: 0.5 - 0.1 * step)])
+    assert float(objective.weights({"step": 3})["l1"]) == pytest.approx(0.2)
+    assert float(objective.weights({"step": 20})["l1"]) == 0
+
+
 def test_nothing_needs_a_state_unless_something_does(x, batch):
     objective = jr.compose(nll, specs(l1=0.5))
     assert objective.init() == {}
@@ -289,7 +295,13 @@ def test_the_schema(x, batch):
     objective = jr.compose(nll, specs(l2=0.5), track_grad_norms=True)
     (_, out), _ = objective.value_and_grad(x, batch)
     got = out.to_dict()
-    assert list(got) == ["loss_total", "base_loss", "regularizers", "regularizer_total", "total_grad_norm"]
+    assert list(got) == [
+        "loss_total",
+        "base_loss",
+        "regularizers",
+        "regularizer_total",
+        "total_grad_norm",
+    ]
     assert list(got["base_loss"]) == ["value", "grad_norm", "custom"]
     assert list(got["regularizers"]["l2"]) == [
         "name", "value", "weight", "contribution", "grad_norm", "grad_norm_weighted", "custom",

@@ -174,7 +174,9 @@ def test_integer_outputs(track):
 def test_a_filter_that_matches_nothing_lists_the_paths():
     objective = jr.compose(base, track_grad_norms=jr.GradNorms(params="haed"))
     objective = jr.compose(
-        lambda z, b: jnp.sum(z), forward=lambda p, b: p["head"], track_grad_norms=jr.GradNorms(params="haed")
+        lambda z, b: jnp.sum(z),
+        forward=lambda p, b: p["head"],
+        track_grad_norms=jr.GradNorms(params="haed"),
     )
     with pytest.raises(ValueError, match="'haed' matches none of the paths:\n  head"):
         objective.value_and_grad({"head": jnp.ones(2)})
@@ -286,8 +288,20 @@ def test_bad_arguments_of_terms(make, message):
 @pytest.mark.parametrize(
     ("term", "x", "batch", "error", "message"),
     [
-        (jr.regularizers.KL(), (2, 3), {"ref": (2, 3)}, KeyError, r"no array 'ref_logprobs'; it has \['ref'\]"),
-        (jr.regularizers.KL(reference="ref"), (2, 3), {"ref": (2, 3, 4)}, ValueError, r"\(2, 3, 4\).*\(2, 3\)"),
+        (
+            jr.regularizers.KL(),
+            (2, 3),
+            {"ref": (2, 3)},
+            KeyError,
+            r"no array 'ref_logprobs'; it has \['ref'\]",
+        ),
+        (
+            jr.regularizers.KL(reference="ref"),
+            (2, 3),
+            {"ref": (2, 3, 4)},
+            ValueError,
+            r"\(2, 3, 4\).*\(2, 3\)",
+        ),
         (jr.regularizers.ZLoss(), (2, 3), {}, ValueError, r"logits \[B, T, V\], got \(2, 3\)"),
         (jr.regularizers.Entropy(normalize=True), (2, 3), {}, ValueError, "need whole distributions"),
         (jr.losses.CrossEntropy(), (2, 3, 4), {}, ValueError, "inputs='logits' if x holds logits"),

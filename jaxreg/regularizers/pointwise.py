@@ -50,12 +50,13 @@ class L2:
     """L2 penalty ``Σ clip(x − c)²`` (Hoerl & Kennard 1970).
 
     Args:
-      center: None, a number, or ``"mean"``, the mean of all values that count.
+      center: None, a number, or ``"mean"``, the mean of all finite values that count.
       clip: None, or a positive number: deviations are clipped to [−clip, clip], after centring, and
         have no gradient beyond.
       reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
 
-    Metrics: ``rms``, the root mean square of the deviations.
+    Metrics: ``rms``, the root mean square of the deviations. An infinite value counts as +inf (as
+    clip² where there is a clip) and has no gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -78,12 +79,16 @@ class L2:
         """The penalty of x [B, T] or [B, T, K]."""
         tokens = as_token_batch(batch, x, "L2")
         values = real_values(tokens, x, "L2")
+        finite = jnp.isfinite(values)
+        values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
-            values = values - tokens.mean(values)
+            counted = tokens.mean(finite)
+            values = values - tokens.mean(values) / jnp.where(counted == 0, 1.0, counted)
         elif self.center is not None:
             values = values - self.center
         if self.clip is not None:
             values = jnp.clip(values, -self.clip, self.clip)
-        squares = jnp.square(values)
+        limit = jnp.inf if self.clip is None else self.clip**2
+        squares = jnp.where(finite, jnp.square(values), limit)
         metrics = {"rms": jnp.sqrt(tokens.mean(squares))}
         return reduce_tokens(tokens, squares, self.reduction), metrics
