@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def plot_run(log: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def smooth(values: list[float | None], keep: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float | None], keep: float = 0.9) -> list[float]:
     """An exponential moving average that passes over what is missing or zero."""
     result, mean = [], None
     for value in values:

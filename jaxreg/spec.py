@@ -21,7 +21,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def check_weight(weight: Any, name: str) -> None:
         raise TypeError(f"{who}: a weight is a real number, got dtype {dtype}")
     if isinstance(weight, jax.core.Tracer):
         return
-    number = float(weight)
+    number = float(cast(Any, weight))
     if not math.isfinite(number) or number < 0:
         raise ValueError(
             f"{who}: a weight is finite and ≥ 0, got {number}"

@@ -1,6 +1,5 @@
 """forward= takes Flax linen params, NNX modules and Equinox pytrees alike."""
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ from flax import nnx
 from helpers import close
 
 import jaxreg as jr
+
+eqx = pytest.importorskip("equinox")
 
 FEATURES, CLASSES = 5, 7
 

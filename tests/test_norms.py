@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, norm
-from hypothesis import given
+from hypothesis import given, settings
 
 import jaxreg as jr
 
@@ -93,6 +93,7 @@ objectives = st.tuples(
 )
 
 
+@settings(max_examples=20)
 @given(objectives)
 def test_norms_of_params_are_exact(case):
     seed, names, weights, with_decay = case
@@ -108,6 +109,7 @@ def test_norms_of_params_are_exact(case):
     jax.tree.map(lambda a, b: close(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
 
 
+@settings(max_examples=20)
 @given(objectives)
 def test_norms_of_outputs_are_exact_and_the_gradient_is_the_params(case):
     seed, names, weights, with_decay = case

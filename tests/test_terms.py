@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 from helpers import close
 
 import jaxreg as jr
+
+scipy = pytest.importorskip("scipy")
+pytest.importorskip("scipy.special")
+pytest.importorskip("scipy.stats")
 
 B, T, V = 3, 4, 7
 MASK = np.arange(T) < np.array([4, 2, 0])[:, None]
