@@ -28,7 +28,7 @@ from watching import TermsTable, plot_run
 
 import jaxreg as jr
 
-VOCABULARY, LENGTH, BATCH, WIDTH, HEADS, LAYERS = 256, 128, 12, 128, 4, 3
+VOCABULARY, LENGTH, BATCH, WIDTH, HEADS, LAYERS = 256, 128, 8, 128, 4, 3
 
 
 class Block(nnx.Module):
@@ -78,12 +78,8 @@ def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
             # A bigram table teaches the frequent pairs, then leaves the stage.
-            jr.RegularizerSpec(
-                name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=fade
-            ),
-            jr.RegularizerSpec(
-                name="confidence", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01
-            ),
+            jr.RegularizerSpec(name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=fade),
+            jr.RegularizerSpec(name="confidence", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
             jr.RegularizerSpec(name="z_loss", fn=jr.regularizers.ZLoss(), weight=1e-3),
             jr.RegularizerSpec(
                 name="l2_logits", fn=jr.regularizers.L2(clip=20.0, reduction="token_mean"), weight=1e-3
@@ -177,21 +173,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     after = bits_per_byte(params)
     plot_run(log, options.out / "terms.png")
-    print(
-        f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training"
-    )
+    print(f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training")
     print(f"a line a step in {log}, the picture in {options.out / 'terms.png'}")
     return {"before": before, "after": after}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="where the files go")
-    parser.add_argument(
-        "--without", action="append", default=[], metavar="NAME", help="switch a term off"
-    )
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="switch a term off")
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=VALUE", type=assignment)
     return parser.parse_args(arguments)
 

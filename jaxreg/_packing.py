@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def pack_arrays(
         column = [datum[name] for datum in datums]
         _check_alike(column, name)
         shape = (rows,) if column[0].ndim == 0 else (rows, length, *column[0].shape[1:])
-        array = np.zeros(shape, np.result_type(*column))
+        array = np.zeros(shape, functools.reduce(jnp.promote_types, (c.dtype for c in column)))
         for i, values in enumerate(column):
             if values.ndim == 0:
                 array[i] = values

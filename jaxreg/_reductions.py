@@ -28,13 +28,27 @@ def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Arr
 
 
 def real_values(batch: TokenBatch, x: Array, who: str) -> Array:
-    """x in float32 (or float64), with 0 where there is no real token."""
+    """x in float32 (or float64), with 0 where no token counts: not real, or of weight 0."""
     if jnp.ndim(x) < 2 or x.shape[:2] != batch.shape:
         raise ValueError(
             f"{who}: expected an array of shape [B, T] or [B, T, V] with (B, T) = {batch.shape}, "
             f"got {jnp.shape(x)}"
         )
-    return batch.where(x.astype(accumulation_dtype(x.dtype)))
+    counted = counts(batch).reshape(batch.shape + (1,) * (x.ndim - 2))
+    values = x.astype(accumulation_dtype(x.dtype))
+    return jnp.where(counted, values, jnp.zeros((), values.dtype))
+
+
+def counts(batch: TokenBatch) -> Array:
+    """[B, T]: the real tokens with a weight that is not 0."""
+    weighty = batch.weights != 0
+    return batch.mask & (weighty if weighty.ndim == 2 else jnp.any(weighty, axis=-1))
+
+
+def largest(batch: TokenBatch, values: Array) -> Array:
+    """The largest of non-negative values [B, T, ...] among the tokens that count, 0 if none does."""
+    counted = counts(batch).reshape(batch.shape + (1,) * (values.ndim - 2))
+    return jnp.max(jnp.where(counted, values, jnp.zeros((), values.dtype)), initial=0.0)
 
 
 def array_from(batch: TokenBatch, name: str, shape: tuple[int, ...], who: str) -> Array:

@@ -70,8 +70,7 @@ class CrossEntropy:
     def _target_logprobs(self, logits: Array, tokens: TokenBatch) -> Array:
         if self.targets not in tokens:
             raise KeyError(
-                f"CrossEntropy: the batch has no target tokens {self.targets!r}; it has "
-                f"{sorted(tokens)}"
+                f"CrossEntropy: the batch has no target tokens {self.targets!r}; it has {sorted(tokens)}"
             )
         targets = tokens[self.targets]
         if logits.ndim != 3 or targets.shape != tokens.shape:
@@ -79,7 +78,12 @@ class CrossEntropy:
                 f"CrossEntropy: inputs='logits' takes x [B, T, V] and {self.targets!r} [B, T]; got "
                 f"{logits.shape} and {targets.shape}"
             )
-        targets = tokens.where(targets, 0)
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(
+                f"CrossEntropy: {self.targets!r} are token numbers, so integers; got dtype {targets.dtype}"
+            )
+        # Wide first: 256 does not fit into the uint8 that byte-level targets may come in.
+        targets = tokens.where(targets.astype(jnp.int32), 0)
         valid = (targets >= 0) & (targets < logits.shape[-1])
         index = jnp.where(valid, targets, 0)[..., None]
         chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -28,7 +28,7 @@ def spec(**fields):
         ({"name": "a/b"}, ValueError, r"'a/b'.*collide.*try 'a_b'"),
         ({"name": "a:mean"}, ValueError, "try 'a_mean'"),
         ({"name": "a\n"}, ValueError, "space around"),
-        ({"name": "base_loss"}, ValueError, "belongs to the base loss"),
+        ({"name": "base_loss"}, ValueError, "means something else in the reports"),
         ({"weight": -0.5}, ValueError, r"'t'.*≥ 0, got -0.5; to reward.*negate"),
         ({"weight": float("nan")}, ValueError, "'t'.*finite.*nan"),
         ({"weight": np.inf}, ValueError, "'t'.*finite.*inf"),
@@ -172,7 +172,6 @@ def test_integer_outputs(track):
 
 
 def test_a_filter_that_matches_nothing_lists_the_paths():
-    objective = jr.compose(base, track_grad_norms=jr.GradNorms(params="haed"))
     objective = jr.compose(
         lambda z, b: jnp.sum(z),
         forward=lambda p, b: p["head"],

@@ -52,9 +52,9 @@ CASES = {
         lambda r: jr.losses.CrossEntropy(inputs="logits", targets="targets", reduction=r),
         "logits",
         lambda d: (
-            -np.take_along_axis(
-                scipy.special.log_softmax(d["logits"], -1), d["targets"][..., None], -1
-            )[..., 0]
+            -np.take_along_axis(scipy.special.log_softmax(d["logits"], -1), d["targets"][..., None], -1)[
+                ..., 0
+            ]
         ),
     ),
     "Entropy": (lambda r: R.Entropy(reduction=r), "logits", lambda d: entropy(d["logits"])),

@@ -14,6 +14,7 @@ from jaxreg._reductions import (
     Reduction,
     array_from,
     check_choice,
+    largest,
     log_probabilities,
     plogp_ratio,
     real_values,
@@ -126,7 +127,7 @@ class KL:
         values = real_values(tokens, x, "KL")
         reference = jax.lax.stop_gradient(array_from(tokens, self.reference, values.shape, "KL"))
         divergence = self._sampled(values, reference) if x.ndim == 2 else self._exact(values, reference)
-        metrics = {"mean": tokens.mean(divergence), "max": jnp.max(tokens.where(divergence, -jnp.inf))}
+        metrics = {"mean": tokens.mean(divergence), "max": largest(tokens, divergence)}
         return reduce_tokens(tokens, divergence, self.reduction), metrics
 
     def _exact(self, x: Array, reference: Array) -> Array:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxreg._paths import PathFilter, select_leaves
+from jaxreg._paths import PathFilter, leaf_paths, select_leaves
 from jaxreg.spec import Array, PyTree, accumulation_dtype
 
 
@@ -18,7 +18,8 @@ class L2SP:
 
     Args:
       reference: θ₀, of the structure of the parameters. It travels with the objective as an argument
-        of the compiled program, and gets no gradient.
+        of the compiled program, and gets no gradient. Where the parameters are donated, give a copy:
+        ``jax.tree.map(jnp.copy, params)``.
       params: which leaves it touches: None for all, a shell pattern on the path (``"*/kernel"``), a
         leading part of it (``"head"``), a tuple of them, or a function of the path.
 
@@ -48,6 +49,14 @@ class L2SP:
                 "L2SP: x has another structure than the reference; did the spec forget on='params'? "
                 f"x: {here}; reference: {there}"
             )
+        for path, leaf, start in zip(
+            leaf_paths(x), jax.tree.leaves(x), jax.tree.leaves(self.reference), strict=True
+        ):
+            if jnp.shape(leaf) != jnp.shape(start):
+                raise ValueError(
+                    f"L2SP: at {path!r} x has shape {jnp.shape(leaf)}, but the reference has "
+                    f"{jnp.shape(start)}; did the spec forget on='params'?"
+                )
         chosen = select_leaves(x, self.params, "L2SP(params=...)")
         squares = [
             _squared_distance(leaf, start)
@@ -61,5 +70,5 @@ class L2SP:
 
 
 def _squared_distance(leaf: Array, start: Array) -> Array:
-    dtype = accumulation_dtype(leaf.dtype)
-    return jnp.sum(jnp.square(leaf.astype(dtype) - jax.lax.stop_gradient(start).astype(dtype)))
+    dtype = accumulation_dtype(jnp.result_type(leaf, start))
+    return jnp.sum(jnp.square(jnp.asarray(leaf, dtype) - jax.lax.stop_gradient(jnp.asarray(start, dtype))))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, largest, real_values, reduce_tokens
 from jaxreg.batch import as_token_batch
 from jaxreg.spec import Array, PyTree
 
@@ -40,8 +40,7 @@ class L1:
         tokens = as_token_batch(batch, x, "L1")
         values = real_values(tokens, x, "L1")
         size = jnp.abs(values) if self.of == "x" else jnp.exp(values)
-        largest = jnp.max(tokens.where(size, 0.0))
-        metrics = {"mean": tokens.mean(size), "max": largest}
+        metrics = {"mean": tokens.mean(size), "max": largest(tokens, size)}
         return reduce_tokens(tokens, size, self.reduction), metrics
 
 
@@ -82,7 +81,7 @@ class L2:
         finite = jnp.isfinite(values)
         values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
-            counted = tokens.mean(finite)
+            counted = tokens.mean(finite.astype(values.dtype))
             values = values - tokens.mean(values) / jnp.where(counted == 0, 1.0, counted)
         elif self.center is not None:
             values = values - self.center
