@@ -73,7 +73,10 @@ def kernel_l1(params: Any, batch: jr.TokenBatch) -> tuple[jax.Array, dict[str, j
 
 def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
     """One base loss, four terms on the logits, two on the params."""
-    fade = optax.linear_schedule(0.5, 0.0, steps // 3)
+    leave = max(1, steps // 3)
+    fade = optax.join_schedules(
+        [optax.linear_schedule(0.5, 0.0, leave), optax.constant_schedule(0.0)], [leave]
+    )
     return jr.compose(
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="where the files go")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="switch a term off")
