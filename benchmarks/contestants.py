@@ -91,9 +91,7 @@ def plain_step(problem: Problem) -> Callable[[PyTree, PyTree], PyTree]:
     return step
 
 
-def _jaxreg(
-    problem: Problem, name: str, track: bool | jr.GradNorms, norms_name: str = "norms"
-) -> Contestant:
+def _jaxreg(problem: Problem, name: str, track: bool | jr.GradNorms, norms_name: str = "norms") -> Contestant:
     objective = problem.objective(track)
 
     def read(result: Any) -> Answer:

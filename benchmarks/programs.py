@@ -52,9 +52,7 @@ def _table(where: str, split: Sharding, whole: Sharding, rows: int = ROWS) -> st
 
 def _placed(tree: Any, sharding: Sharding) -> Any:
     """The shapes of a tree, placed so."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def _figures(fn: Callable[..., Any], *arguments: Any) -> tuple[float, float, float, int]:

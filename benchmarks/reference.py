@@ -38,9 +38,7 @@ def _main(case: str, path: str) -> None:
     problem = PROBLEMS[case]()
 
     def wide(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda a: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else a.dtype), tree
-        )
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else a.dtype), tree)
 
     def norm(tree: PyTree) -> float:
         return float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))))

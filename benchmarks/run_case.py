@@ -47,7 +47,7 @@ def run_case(case: str, torch_python: str | None, quick: bool) -> tuple[str, dic
             for group in (here, there)
             if group
         ]
-        take_turns(groups, processes, budget=0, fewest=1)  # Everything is warm from here on.
+        take_turns(groups, processes, budget=0, fewest=1, retries=0)  # Everything is warm from here on.
         budget, fewest = (0.0, QUICK_ROUNDS) if quick else (SECONDS, FEWEST_ROUNDS)
         timings = take_turns(groups, processes, budget=budget, fewest=fewest)
     medians = {name: median(seconds) for name, seconds in timings.seconds.items()}
@@ -74,9 +74,7 @@ def _faults(answers: Mapping[str, Callable[[], Answer]], right: Answer) -> dict[
     return faults
 
 
-def _row(
-    name: str, seconds: float | None, base: float | None, memory: int | None, note: str
-) -> list[str]:
+def _row(name: str, seconds: float | None, base: float | None, memory: int | None, note: str) -> list[str]:
     mebibytes = "" if memory is None else f"{memory / 2**20:.1f}"
     if seconds is None:
         return [name, note, "", mebibytes]

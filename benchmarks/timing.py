@@ -46,7 +46,12 @@ def timed_turn(call: Callable[[], object]) -> float:
 
 
 def take_turns(
-    groups: Sequence[Mapping[str, Turn]], processes: Sequence[int], *, budget: float, fewest: int
+    groups: Sequence[Mapping[str, Turn]],
+    processes: Sequence[int],
+    *,
+    budget: float,
+    fewest: int,
+    retries: int = RETRIES,
 ) -> Timings:
     """Let every contestant of every group run once a round.
 
@@ -56,7 +61,7 @@ def take_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for group in groups for name in group}
     others: list[float] = []
-    spent, rounds, retries = 0.0, 0, RETRIES
+    spent, rounds = 0.0, 0
     while rounds < fewest or spent < budget:
         for group in groups:
             first = rounds % max(len(group), 1)

@@ -61,7 +61,5 @@ TERMS = (cross_entropy, l1, l2, entropy, kl_k3, log_ratio_l2, ppo_clip, focal, u
 def load(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Callable[[], list[Any]]]:
     """The leaf that is differentiated, and a function that gives every term's value."""
     x = torch.tensor(arrays["x"], requires_grad=True)
-    batch = {
-        k.removeprefix("batch/"): torch.tensor(v) for k, v in arrays.items() if k.startswith("batch/")
-    }
+    batch = {k.removeprefix("batch/"): torch.tensor(v) for k, v in arrays.items() if k.startswith("batch/")}
     return {"gradient": x}, lambda: [term(x, batch) for term in TERMS]

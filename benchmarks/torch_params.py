@@ -135,9 +135,7 @@ def load(
     model = Transformer(params, tied)
     names = {f"{name}.w": name for name in ("tokens", "positions", "head")}
     leaves = {f"gradient/{names.get(name, name)}": p for name, p in model.named_parameters()}
-    batch = {
-        k.removeprefix("batch/"): torch.tensor(v) for k, v in arrays.items() if k.startswith("batch/")
-    }
+    batch = {k.removeprefix("batch/"): torch.tensor(v) for k, v in arrays.items() if k.startswith("batch/")}
     batch |= {name: batch[name].long() for name in ("tokens", "targets")}
 
     def values() -> list[Any]:
