@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._term import term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class CrossEntropy:
     """Cross-entropy ``−Σ w·lp``, the loss that remote fine-tuning APIs call ``cross_entropy``.
 
