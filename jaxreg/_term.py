@@ -23,8 +23,8 @@ _Class = TypeVar("_Class", bound=type)
 def term(cls: _Class) -> _Class:
     """A frozen, keyword-only dataclass that is a pytree, and equal to another if all arguments are.
 
-    Fields that a `Source` or parameters may stand in (``reference``, ``fisher``) are children of the
-    pytree, so arrays in them are arguments of the compiled program; all other fields are static.
+    Fields that a `Source` or parameters may stand in (``reference``, ``sampler``, ...) are children of
+    the pytree, so arrays in them are arguments of the compiled program; all other fields are static.
     """
     made = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]
@@ -35,7 +35,7 @@ def term(cls: _Class) -> _Class:
     return made
 
 
-_HOLD_ARRAYS = ("reference", "fisher")
+_HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
 
 
 def _values(term: Any) -> list[Any]:
