@@ -132,7 +132,7 @@ class NuclearNorm:
         for matrix in _matrices(x, self.params, "NuclearNorm"):
             u, s, vt = jnp.linalg.svd(jax.lax.stop_gradient(matrix), full_matrices=False)
             # ∂‖W‖_* = U Vᵀ: so it needs no derivative of the SVD, which is NaN where values are equal.
-            direction = jnp.matmul(u * (s > 1e-6 * s[0]), vt, precision="highest")
+            direction = jnp.matmul(u * (s > 1e-6 * s[0])[None], vt, precision="highest")
             exact = jnp.sum(s)
             linear = jnp.sum(direction * matrix)
             sums.append(exact + linear - jax.lax.stop_gradient(linear))

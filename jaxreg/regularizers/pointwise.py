@@ -177,7 +177,8 @@ class Focal:
       alpha: α, **1**.
       reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
 
-    Metrics: ``p``, the mean probability of a target.
+    Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and
+    gets no gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -201,8 +202,10 @@ class Focal:
         x = needs(x, 2, "Focal", "target logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Focal")
         logprobs = real_values(tokens, x, "Focal")
-        unsure = jnp.maximum(-jnp.expm1(logprobs), 0.0)
-        loss = -self.alpha * unsure**self.gamma * logprobs
+        finite = jnp.isfinite(logprobs)
+        safe = jnp.where(finite, logprobs, 0.0)
+        unsure = jnp.maximum(-jnp.expm1(safe), 0.0)
+        loss = jnp.where(finite, -self.alpha * unsure**self.gamma * safe, jnp.inf)
         return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
 
 
