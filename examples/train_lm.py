@@ -28,7 +28,7 @@ from watching import TermsTable, plot_run
 
 import jaxreg as jr
 
-VOCABULARY, LENGTH, BATCH, WIDTH, HEADS, LAYERS = 256, 128, 12, 128, 4, 3
+VOCABULARY, LENGTH, BATCH, WIDTH, HEADS, LAYERS = 256, 128, 8, 128, 4, 3
 
 
 class Block(nnx.Module):
@@ -73,22 +73,23 @@ def kernel_l1(params: Any, batch: jr.TokenBatch) -> tuple[jax.Array, dict[str, j
 
 def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
     """One base loss, four terms on the logits, two on the params."""
-    fade = optax.linear_schedule(0.5, 0.0, steps // 3)
+    leave = max(1, steps // 3)
+    fade = optax.join_schedules(
+        [optax.linear_schedule(0.5, 0.0, leave), optax.constant_schedule(0.0)], [leave]
+    )
     return jr.compose(
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
             # A bigram table teaches the frequent pairs, then leaves the stage.
-            jr.RegularizerSpec(
-                name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=fade
-            ),
-            jr.RegularizerSpec(
-                name="confidence", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01
-            ),
+            jr.RegularizerSpec(name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=fade),
+            jr.RegularizerSpec(name="confidence", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
             jr.RegularizerSpec(name="z_loss", fn=jr.regularizers.ZLoss(), weight=1e-3),
             jr.RegularizerSpec(
                 name="l2_logits", fn=jr.regularizers.L2(clip=20.0, reduction="token_mean"), weight=1e-3
             ),
-            jr.RegularizerSpec(name="l2_sp", fn=jr.regularizers.L2SP(start), weight=2e-5, on="params"),
+            jr.RegularizerSpec(
+                name="l2_sp", fn=jr.regularizers.L2SP(reference=start), weight=2e-5, on="params"
+            ),
             jr.RegularizerSpec(name="kernel_l1", fn=kernel_l1, weight=0.05, on="params"),
         ],
         forward=forward,
@@ -177,21 +178,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     after = bits_per_byte(params)
     plot_run(log, options.out / "terms.png")
-    print(
-        f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training"
-    )
+    print(f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training")
     print(f"a line a step in {log}, the picture in {options.out / 'terms.png'}")
     return {"before": before, "after": after}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="where the files go")
-    parser.add_argument(
-        "--without", action="append", default=[], metavar="NAME", help="switch a term off"
-    )
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="switch a term off")
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=VALUE", type=assignment)
     return parser.parse_args(arguments)
 

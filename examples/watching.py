@@ -51,14 +51,10 @@ def terms_table(report: dict[str, Any]) -> Table:
     for heading in ("value", "weight", "contribution", "grad norm", "weighted"):
         table.add_column(heading, justify="right")
     base = report["base_loss"]
-    table.add_row(
-        "base loss", *map(shown, (base["value"], 1.0, base["value"], *[base["grad_norm"]] * 2))
-    )
+    table.add_row("base loss", *map(shown, (base["value"], 1.0, base["value"], *[base["grad_norm"]] * 2)))
     for name, term in report["regularizers"].items():
         keys = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
-        table.add_row(
-            name, *(shown(term[key]) for key in keys), style="dim" if not term["weight"] else None
-        )
+        table.add_row(name, *(shown(term[key]) for key in keys), style="dim" if not term["weight"] else None)
     total = report["total_grad_norm"]
     table.add_row("total", "", "", shown(report["loss_total"]), "", shown(total), style="bold")
     return table

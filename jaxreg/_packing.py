@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def pack_arrays(
         column = [datum[name] for datum in datums]
         _check_alike(column, name)
         shape = (rows,) if column[0].ndim == 0 else (rows, length, *column[0].shape[1:])
-        array = np.zeros(shape, np.result_type(*column))
+        array = np.zeros(shape, functools.reduce(jnp.promote_types, (c.dtype for c in column)))
         for i, values in enumerate(column):
             if values.ndim == 0:
                 array[i] = values
@@ -94,6 +95,11 @@ def _array(value: Any, name: str, i: int) -> np.ndarray:
     if is_float and np.isnan(array.astype(np.float64, copy=False)).any():
         at = np.argwhere(np.isnan(array.astype(np.float64, copy=False)))[0].tolist()
         raise ValueError(f"{where}: NaN at {at if at else 'its only value'}")
+    if is_float and name.endswith("logprobs") and array.size and array.max() > 1e-3:
+        raise ValueError(
+            f"{where}: logprobs are ≤ 0, but it holds {float(array.max()):.4g}; if these are probabilities, "
+            f"take their logarithm"
+        )
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind in "iu" and array.size:
         limits = np.iinfo(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -14,11 +14,16 @@ PathFilter: TypeAlias = str | tuple[str, ...] | Callable[[str], bool]
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
-    """One path a leaf, such as ``blocks/0/attention/kernel``."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    """One path a leaf, such as ``blocks/0/attention/kernel``.
+
+    The ``value`` that Flax NNX puts inside each of its variables is left out.
+    """
+    paths = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        inside = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+        keys = path[:-1] if inside else path
+        paths.append(jax.tree_util.keystr(keys, simple=True, separator="/"))
+    return paths
 
 
 def select_leaves(tree: PyTree, where: PathFilter | None, who: str) -> list[bool]:
@@ -33,12 +38,17 @@ def select_leaves(tree: PyTree, where: PathFilter | None, who: str) -> list[bool
     paths = leaf_paths(tree)
     if where is None:
         return [True] * len(paths)
-    chosen = [where(p) if callable(where) else _matches(p, where) for p in paths]
-    if not any(chosen):
-        raise ValueError(f"{who}: {where!r} matches none of the paths:\n  " + "\n  ".join(paths))
-    return [bool(c) for c in chosen]
+    chosen = [False] * len(paths)
+    for pattern in (where,) if isinstance(where, str) or callable(where) else where:
+        touched = [bool(pattern(p)) if callable(pattern) else _matches(p, pattern) for p in paths]
+        if not any(touched):
+            raise ValueError(f"{who}: {pattern!r} matches none of the paths:\n  " + "\n  ".join(paths))
+        chosen = [a or b for a, b in zip(chosen, touched, strict=True)]
+    return chosen
 
 
-def _matches(path: str, patterns: str | Sequence[str]) -> bool:
-    names = (patterns,) if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(path, n) or path.startswith(n.rstrip("/") + "/") for n in names)
+def _matches(path: str, pattern: str) -> bool:
+    """Whether the pattern fits the path, or a leading part of it."""
+    parts = path.split("/")
+    heads = ("/".join(parts[: n + 1]) for n in range(len(parts)))
+    return any(fnmatch.fnmatchcase(head, pattern.rstrip("/")) for head in heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, dataclass_transform
+from typing import Any, TypeAlias, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxreg._reductions import real_values
 from jaxreg.batch import TokenBatch
 from jaxreg.spec import Array, PyTree
 
-# Where a term reads something beside x: an array of the batch by its name, an array, or a function of the batch.
+# What a term reads beside x: an array of the batch by its name, an array, or a function of the batch.
 Source: TypeAlias = str | jax.typing.ArrayLike | Callable[[Any], Any]
 _Class = TypeVar("_Class", bound=type)
 
@@ -26,13 +26,13 @@ def term(cls: _Class) -> _Class:
     Fields that a `Source` or parameters may stand in (``reference``, ``sampler``, ...) are children of
     the pytree, so arrays in them are arguments of the compiled program; all other fields are static.
     """
-    made = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]
     data = [name for name in names if name in _HOLD_ARRAYS]
-    made.__eq__ = _equal  # type: ignore[assignment]
-    made.__hash__ = _hash  # type: ignore[assignment]
+    made.__eq__ = _equal
+    made.__hash__ = _hash
     jax.tree_util.register_dataclass(made, data, [name for name in names if name not in data])
-    return made
+    return cast(_Class, made)
 
 
 _HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
@@ -48,7 +48,7 @@ def _equal(self: Any, other: object) -> bool:
     if type(self) is not type(other):
         return False
     (mine, my_tree), (theirs, their_tree) = (jax.tree.flatten(_values(t)) for t in (self, other))
-    return bool(my_tree == their_tree) and all(map(_same, mine, theirs))
+    return bool(cast(Any, my_tree) == their_tree) and all(map(_same, mine, theirs))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -81,22 +81,22 @@ def read(source: Source, batch: TokenBatch, who: str, what: str) -> Array:
     if isinstance(source, str):
         if source not in batch:
             raise KeyError(f"{who}: the batch has no array {source!r} ({what}); it has {sorted(batch)}")
-        array = batch[source]
+        array: Any = batch[source]
     else:
         array = source(batch) if callable(source) else source
     return jax.lax.stop_gradient(jnp.asarray(array))
 
 
-def read_like(source: Source, batch: TokenBatch, shape: tuple[int, ...], who: str, what: str) -> Array:
+def read_like(
+    source: Source, batch: TokenBatch, shape: tuple[int, ...], who: str, what: str, *, by_mask: bool = False
+) -> Array:
     """`read`, of a given shape ([B] stands for every token of its datum), masked and in float32."""
     array = read(source, batch, who, what)
     if array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")
-    return real_values(batch, array, who)
-
-
+    return real_values(batch, array, who, by_mask=by_mask)
 
 
 def needs(x: PyTree, ndim: int, who: str, what: str) -> Array:

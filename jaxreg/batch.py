@@ -15,7 +15,7 @@ from jaxreg.spec import Array, ArrayLike, accumulation_dtype
 Buckets: TypeAlias = Sequence[int] | Callable[[int], int]
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(eq=False)
 class TokenBatch(Mapping[str, Array]):
     """A batch of B datums of up to T tokens: a pytree, and a mapping from name to array.
 
@@ -95,7 +95,8 @@ class TokenBatch(Mapping[str, Array]):
         """Make a batch of arrays that are rectangular already; works inside jit.
 
         Args:
-          mask: bool [B, T], the real tokens; all by default.
+          mask: bool [B, T], the real tokens; all by default. A row that is masked whole is padding,
+            and `unpack` leaves it out.
           weights: [B, T] or [B, T, K]; the mask by default.
           **arrays: [B, T, ...] or [B] by name.
 
@@ -126,7 +127,8 @@ class TokenBatch(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         if name not in self.arrays:
-            raise KeyError(f"the batch has no array {name!r}; it has {sorted(self.arrays)}")
+            hint = f"; say batch.{name}" if name in ("mask", "weights", "lengths") else ""
+            raise KeyError(f"the batch has no array {name!r}{hint}; it has {sorted(self.arrays)}")
         return self.arrays[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -134,6 +136,9 @@ class TokenBatch(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+    def __bool__(self) -> bool:
+        return True  # with a mask alone, too
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,6 +152,10 @@ class TokenBatch(Mapping[str, Array]):
         Put before a function that has no finite derivative at what padding may hold: the gradient
         of a padded token is then exactly 0, and never 0 · ∞.
         """
+        if jnp.shape(values)[:2] != self.shape:
+            raise ValueError(
+                f"where takes values [B, T, ...] with (B, T) = {self.shape}, got {jnp.shape(values)}"
+            )
         mask = self.mask.reshape(self.mask.shape + (1,) * (jnp.ndim(values) - 2))
         return jnp.where(mask, values, jnp.asarray(fill, jnp.result_type(values)))
 
@@ -158,7 +167,7 @@ class TokenBatch(Mapping[str, Array]):
     def mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar."""
         weighted, weight = self._weighted(values, weights)
-        return _ratio(jnp.sum(weighted), jnp.sum(weight))
+        return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
 
     def datum_sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Σ weight·value over each datum's tokens: [B]."""
@@ -168,10 +177,9 @@ class TokenBatch(Mapping[str, Array]):
     def datum_means(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Each datum's own weighted mean: [B], 0 where a datum has no weight."""
         weighted, weight = self._weighted(values, weights)
-        rows = weighted.shape[0]
-        return _ratio(
-            jnp.sum(weighted.reshape(rows, -1), axis=1), jnp.sum(weight.reshape(rows, -1), axis=1)
-        )
+        weighted, weight = (a.reshape(a.shape[0], -1) for a in (weighted, weight))
+        some = jnp.any(weight != 0, axis=1)
+        return _ratio(jnp.sum(weighted, axis=1), jnp.sum(weight, axis=1), some)
 
     def datum_mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Mean over datums of each datum's own mean (``datum_mean``): a scalar.
@@ -181,7 +189,7 @@ class TokenBatch(Mapping[str, Array]):
         _, weight = self._weighted(values, weights)
         counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
         means = self.datum_means(values, weights=weights)
-        return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)))
+        return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
 
     def unpack(self, array: ArrayLike) -> list[np.ndarray]:
         """Back to one NumPy array a datum, without padding: [B, T, ...] -> [T, ...], [B] -> scalar.
@@ -203,7 +211,7 @@ class TokenBatch(Mapping[str, Array]):
         values = jnp.asarray(values)
         values = values.astype(accumulation_dtype(values.dtype))
         if weights is None:
-            weight = self.weights if values.ndim > 1 else self.lengths > 0
+            weight = self.weights if values.ndim > 1 else jnp.any(self.mask, axis=1)
         else:
             weight = jnp.asarray(weights)
         if values.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
@@ -219,11 +227,13 @@ class TokenBatch(Mapping[str, Array]):
         return weight * jnp.where(weight != 0, values, jnp.zeros_like(values)), weight
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, and 0 with a gradient of 0 where the denominator is 0."""
-    empty = denominator == 0
-    safe = jnp.where(empty, jnp.ones_like(denominator), denominator)
-    return jnp.where(empty, jnp.zeros_like(numerator), numerator / safe)
+def _ratio(numerator: Array, denominator: Array, some: Array) -> Array:
+    """numerator / denominator, and 0 with a gradient of 0 where there is nothing to average.
+
+    Weights of both signs that sum to 0 are something: their mean does not exist, and is not hidden.
+    """
+    safe = jnp.where(some, denominator, jnp.ones_like(denominator))
+    return jnp.where(some, numerator / safe, jnp.zeros_like(numerator))
 
 
 def _token_weights(weights: Any, mask: Any, xp: Any) -> Any:
@@ -243,6 +253,8 @@ def _token_weights(weights: Any, mask: Any, xp: Any) -> Any:
 def _bucket(buckets: Buckets, what: str) -> Callable[[int], int]:
     if callable(buckets):
         return buckets
+    if not isinstance(buckets, Sequence) or not buckets:
+        raise TypeError(f"{what}_buckets is a sequence of sizes or a function, got {buckets!r}")
     sizes = sorted(buckets)
 
     def next_size(n: int) -> int:

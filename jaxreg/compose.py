@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from jaxreg.spec import (
     call_term,
     check_term,
     check_weight,
+    has_default,
     requested_arguments,
     split_arrays,
 )
@@ -93,7 +95,7 @@ def compose(
     model, model_arrays = (None, ()) if forward is None else split_arrays(forward, "forward")
     places: tuple[Place, ...] = ("outputs", *(spec.on for spec in specs))
     schedules = (None, *(s.weight if callable(s.weight) else None for s in specs))
-    plan = Plan(tuple(names), tuple(parts), places, schedules, model, norms)
+    plan = _shared(Plan, tuple(names), tuple(parts), places, schedules, model, norms)
     return CompositeLoss(
         constants={s.name: _weight_leaf(0.0 if callable(s.weight) else s.weight) for s in specs},
         held={s.name: jnp.asarray(False) for s in specs if callable(s.weight)},
@@ -117,6 +119,27 @@ class Plan:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in dataclasses.fields(self)))
 
+    @functools.cached_property
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The compiled call and value_and_grad.
+
+        They belong to the plan, so that what terms and forward close over (frozen weights, say) is freed
+        with the objective: the cache of a jit at the module's level would keep it for ever.
+        """
+
+        def call(parts: Any, *arguments: Any) -> Any:
+            constants, held, arrays = parts
+            return _call(CompositeLoss(constants, held, arrays, self), *arguments)
+
+        def value_and_grad(parts: Any, *arguments: Any) -> Any:
+            constants, held, arrays = parts
+            return _value_and_grad(CompositeLoss(constants, held, arrays, self), *arguments)
+
+        return jax.jit(call), jax.jit(value_and_grad)
+
+    def __reduce__(self) -> Any:
+        return _shared, (Plan, *(getattr(self, f.name) for f in dataclasses.fields(self)))
+
     def __hash__(self) -> int:
         return self._hash  # jit asks at every call
 
@@ -126,6 +149,20 @@ class Plan:
         if not isinstance(other, Plan) or hash(self) != hash(other):
             return False
         return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self))
+
+
+_PLANS: weakref.WeakKeyDictionary[Plan, weakref.ref[Plan]] = weakref.WeakKeyDictionary()
+
+
+def _shared(make: type[Plan], *fields: Any) -> Plan:
+    """The one plan among equal ones, which has the compiled programs."""
+    plan = make(*fields)
+    found = _PLANS.get(plan)
+    known = None if found is None else found()
+    if known is None:
+        _PLANS[plan] = weakref.ref(plan)
+        return plan
+    return known
 
 
 @flax.struct.dataclass(eq=False)  # hashed by identity, so that jax.jit(objective) works
@@ -170,7 +207,7 @@ class CompositeLoss:
         Returns:
           ``(loss_total, CustomLossOutput)``.
         """
-        return _call(self, x, batch, state, key)
+        return self._run(0, x, batch, state or None, key)
 
     def value_and_grad(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
@@ -182,7 +219,7 @@ class CompositeLoss:
         Returns:
           ``((loss_total, CustomLossOutput), gradient with the structure of x)``.
         """
-        return _value_and_grad(self, x, batch, state, key)
+        return self._run(1, x, batch, state or None, key)
 
     def init(self) -> PyTree:
         """The first state: what schedules and stateful terms carry from step to step.
@@ -190,7 +227,7 @@ class CompositeLoss:
         An empty dict where nothing needs one; else pass it as ``state=`` and carry ``out.state``.
         """
         terms = {
-            name: cast(Any, fn).init()
+            name: jax.tree.map(_state_leaf, cast(Any, fn).init())
             for name, fn in zip(self.plan.names, self._fns(), strict=True)
             if "state" in requested_arguments(fn)
         }
@@ -234,10 +271,12 @@ class CompositeLoss:
         )
 
     def without(self, *names: str) -> CompositeLoss:
-        """The same objective with these terms switched off, at weight 0.
+        """The same objective with these terms switched off, at weight 0: ``without("l1", "kl")``.
 
         They are still evaluated and reported, by the same compiled program, and add exactly nothing
-        to the total: the cheapest ablation. To be rid of their cost too, compose without them.
+        to the total: the cheapest ablation. To be rid of their cost too, compose without them. With
+        norms tracked, the gradient of a term at weight 0 is left out though it be NaN; without them
+        the gradient is that of the sum as it is written, where 0 · NaN is NaN.
         """
         return self.with_weights(dict.fromkeys(names, 0.0))
 
@@ -249,13 +288,19 @@ class CompositeLoss:
 
     def __repr__(self) -> str:
         terms = "".join(
-            f",\n  {name}: {'schedule' if schedule else _shown(self.constants[name])}"
-            f"{' (on params)' if place == 'params' else ''}"
+            f",\n  {name}: {_shown(self, name, schedule)}{' (on params)' if place == 'params' else ''}"
             for name, schedule, place in zip(
                 self.names, self.plan.schedules[1:], self.plan.places[1:], strict=True
             )
         )
         return f"CompositeLoss(\n  base{terms}\n)"
+
+    def _run(self, which: int, *arguments: Any) -> Any:
+        """The compiled program, or its own body where somebody else is tracing already."""
+        leaves = jax.tree.leaves((self, arguments))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return (_call, _value_and_grad)[which](self, *arguments)
+        return self.plan.programs[which]((self.constants, self.held, self.arrays), *arguments)
 
     def _check_known(self, name: str) -> None:
         if name not in self.names:
@@ -272,7 +317,15 @@ class CompositeLoss:
         for name, schedule in zip(self.names, self.plan.schedules[1:], strict=True):
             weight = self.constants[name]
             if schedule is not None:
-                scheduled = jnp.asarray(schedule(_step(state, name)), weight.dtype)
+                step = _step(state, name)
+                try:
+                    scheduled = jnp.asarray(schedule(step), weight.dtype)
+                except Exception as error:
+                    error.add_note(
+                        f"This happened in the schedule of term {name!r}, whose step is traced: it takes "
+                        f"jnp.where(step < n, a, b) where Python has `a if step < n else b`."
+                    )
+                    raise
                 if scheduled.shape != ():
                     raise ValueError(
                         f"term {name!r}: its schedule gives shape {scheduled.shape}, not a scalar"
@@ -295,7 +348,7 @@ def _bind(
         who = _who(name)
         asked = requested_arguments(fn)
         extra: dict[str, Any] = {}
-        if "key" in asked:
+        if "key" in asked and (key is not None or not has_default(fn, "key")):
             extra["key"] = _own_key(key, name, who)
         if "state" in asked:
             extra["state"] = _own_state(state, name, who)
@@ -313,11 +366,15 @@ def _bind(
     model = plan.model.with_arrays(objective.arrays[1])
     extra = {}
     if "key" in requested_arguments(model):
-        extra["key"] = _own_key(key, "forward", "forward")
-    return terms, lambda params: model(params, batch, **extra)
+        extra["key"] = _own_key(key, "/forward", "forward")  # a name that no term may have
+
+    def forward(params: PyTree) -> PyTree:
+        with jax.named_scope("forward"):
+            return model(params, batch, **extra)
+
+    return terms, forward
 
 
-@functools.partial(jax.jit, inline=True)
 def _call(
     objective: CompositeLoss, x: PyTree, batch: PyTree, state: PyTree, key: Array | None
 ) -> tuple[Array, CustomLossOutput]:
@@ -326,7 +383,6 @@ def _call(
     return total, _report(objective, terms, total, values, extras, None, state)
 
 
-@functools.partial(jax.jit, inline=True)
 def _value_and_grad(
     objective: CompositeLoss, x: PyTree, batch: PyTree, state: PyTree, key: Array | None
 ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
@@ -386,8 +442,23 @@ def _next_state(
         following["step"] = state["step"] + 1
     if "terms" in state:
         by_name = dict(zip(objective.plan.names, extras, strict=True))
-        following["terms"] = {name: by_name[name][1] for name in state["terms"]}
+        following["terms"] = {
+            name: _checked_state(last, by_name[name][1], _who(name)) for name, last in state["terms"].items()
+        }
     return jax.lax.stop_gradient(following)
+
+
+def _checked_state(last: PyTree, following: PyTree, who: str) -> PyTree:
+    def described(state: PyTree) -> tuple[Any, list[tuple[Any, Any]]]:
+        leaves, treedef = jax.tree.flatten(state)
+        return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    if described(last) != described(following):
+        raise TypeError(
+            f"{who}: its next state differs from its last one in structure, shape or dtype: "
+            f"{described(last)} became {described(following)}"
+        )
+    return following
 
 
 def _step(state: PyTree, name: str) -> Array:
@@ -400,10 +471,9 @@ def _step(state: PyTree, name: str) -> Array:
 
 
 def _own_state(state: PyTree, name: str, who: str) -> PyTree:
-    if not isinstance(state, Mapping) or name not in state.get("terms", {}):
+    if not isinstance(state, Mapping) or name not in (state.get("terms") or {}):
         raise ValueError(
-            f"{who}: it asks for state: pass state=objective.init() first and state=out.state from "
-            f"then on"
+            f"{who}: it asks for state: pass state=objective.init() first and state=out.state from then on"
         )
     return state["terms"][name]
 
@@ -415,12 +485,23 @@ def _own_key(key: Array | None, name: str, who: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def _state_leaf(leaf: Any) -> Array:
+    """A copy (so that donating the state is safe), and no weak type (so that nothing compiles twice)."""
+    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+
+
 def _weight_leaf(weight: ArrayLike) -> Array:
     return jnp.asarray(weight, jnp.result_type(float))
 
 
-def _shown(weight: Any) -> str:
-    return f"{float(weight):g}" if not isinstance(weight, jax.core.Tracer) else str(weight)
+def _shown(objective: CompositeLoss, name: str, schedule: Schedule | None) -> str:
+    constant = objective.constants[name]
+    try:
+        if schedule is not None and not bool(objective.held[name]):
+            return "schedule"
+        return f"{float(constant):g}"
+    except (TypeError, ValueError):  # traced, stacked by vmap, or no array at all
+        return str(constant)
 
 
 def _who(name: str) -> str:
@@ -428,6 +509,8 @@ def _who(name: str) -> str:
 
 
 def _as_iterable(regularizers: Any) -> Iterable[Any]:
+    if not isinstance(regularizers, Iterable) and not isinstance(regularizers, RegularizerSpec):
+        raise TypeError(f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}")
     if isinstance(regularizers, RegularizerSpec) or (
         isinstance(regularizers, Mapping) and "fn" in regularizers
     ):
@@ -455,6 +538,7 @@ def _check_spaces(specs: Sequence[RegularizerSpec], forward: object, norms: Grad
     if forward is not None:
         if not callable(forward):
             raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")
+        check_term(forward, "forward")
         if norms is not None and norms.per_datum and norms.wrt is None:
             raise ValueError(
                 "GradNorms: with forward the norms are of the params' gradient, which no datum owns; "
@@ -467,8 +551,8 @@ def _check_spaces(specs: Sequence[RegularizerSpec], forward: object, norms: Grad
                 f"term {spec.name!r}: on='params' needs to know what is params and what outputs: "
                 f"give compose the model, forward=apply_fn"
             )
-    if norms is not None and norms.wrt == "params":
+    if norms is not None and (norms.wrt == "params" or norms.params is not None):
         raise ValueError(
-            "GradNorms(wrt='params') needs to know the model: give compose forward=apply_fn; without "
+            "GradNorms of params needs to know the model: give compose forward=apply_fn; without "
             "it all norms are of d(value)/d(x), which is track_grad_norms=True"
         )

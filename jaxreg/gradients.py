@@ -38,6 +38,9 @@ class GradNorms:
         leading part of the path (``"head"``), a tuple of them, or a function of the path. The rest
         of the pullback is then never computed for the single terms. Hashable.
 
+    A term's gradient has the dtype of what it is differentiated with respect to. Where that is float16,
+    scale a term that may leave its range, not its weight: the unweighted gradient has to fit.
+
     Example:
       >>> import jaxreg as jr
       >>> jr.GradNorms(wrt="params", params="head")
@@ -85,12 +88,14 @@ class Norms(NamedTuple):
 
 
 def weighted(weight: Array | None, value: Array) -> Array:
-    """``weight · value``, and exactly 0 at weight 0, though the value be NaN or infinite."""
+    """``weight · value`` of a scalar, and 0 at weight 0, though the value be NaN or infinite.
+
+    It is the value that is replaced, so that d/d(weight) stays the value, at weight 0 too.
+    """
     if weight is None:
         return value
-    scale = weight.astype(accumulation_dtype(value.dtype))
-    product = (scale * value.astype(scale.dtype)).astype(value.dtype)
-    return jnp.where(scale == 0, jnp.zeros_like(value), product)
+    scale = weight.astype(value.dtype)
+    return scale * jnp.where((scale == 0) & ~jnp.isfinite(value), jnp.zeros_like(value), value)
 
 
 def evaluate(
@@ -182,16 +187,21 @@ def _norms_of_params(
     squares = {i: stacked_squares[k] for k, i in enumerate(on_outputs)}
     squares |= {i: _squares(gradients[i], chosen) for i in on_params}
 
-    if all(chosen):
-        pulled = {i: jax.tree.map(lambda g, k=k: g[k], stacked) for k, i in enumerate(on_outputs)}
-        pulled |= {i: gradients[i] for i in on_params}
-        gradient = _weighted_sum(terms, pulled, range(len(terms)), params)
-    else:
-        # Only the chosen leaves are pulled back for every term (the rest of `stacked` is dead code,
-        # which XLA drops); the whole gradient comes from one plain pullback of the weighted sum.
-        gradient = pull(_weighted_sum(terms, gradients, on_outputs, outputs))
-        if on_params:
-            gradient = _add(gradient, _weighted_sum(terms, gradients, on_params, params))
+    pulled = {i: jax.tree.map(lambda g, k=k: g[k], stacked) for k, i in enumerate(on_outputs)}
+    gradient = _weighted_sum(terms, pulled, on_outputs, params)
+    if not all(chosen):
+        # Only the chosen leaves are pulled back for every term: what follows takes the others from
+        # one plain pullback of the weighted sum, so their rows of `stacked` are dead code to XLA.
+        rest = pull(_weighted_sum(terms, gradients, on_outputs, outputs))
+        gradient = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [
+                a if yes else b
+                for a, b, yes in zip(*map(jax.tree.leaves, (gradient, rest)), chosen, strict=True)
+            ],
+        )
+    if on_params:
+        gradient = _add(gradient, _weighted_sum(terms, gradients, on_params, params))
     total = _root(_squares(gradient, chosen))
     roots: list[Array | None] = [_root(squares[i]) for i in range(len(terms))]
     return values, extras, gradient, Norms(roots, [None] * len(terms), total)
@@ -233,7 +243,11 @@ def _weighted_sum(
         dtype = accumulation_dtype(like.dtype)
         total = jnp.zeros((), dtype)
         for i, part in zip(indices, parts, strict=True):
-            total = total + weighted(terms[i].weight, part.astype(dtype))
+            weight, wide = terms[i].weight, part.astype(dtype)
+            if weight is not None:
+                scale = weight.astype(dtype)
+                wide = jnp.where(scale == 0, jnp.zeros((), dtype), scale * wide)
+            total = total + wide
         return jnp.broadcast_to(total, like.shape).astype(like.dtype)
 
     return jax.tree.map(leaf, like, *(gradients[i] for i in indices))
@@ -248,8 +262,11 @@ def _squares(tree: PyTree, chosen: Sequence[bool], *, keep_leading: bool = False
     leaves = [leaf for leaf, yes in zip(jax.tree.leaves(tree), chosen, strict=True) if yes]
     sums = []
     for leaf in leaves:
-        wide = leaf.astype(accumulation_dtype(leaf.dtype))
-        sums.append(jnp.sum(jnp.square(wide), axis=tuple(range(int(keep_leading), leaf.ndim))))
+        array = jnp.asarray(leaf)
+        square = jnp.square(array.astype(accumulation_dtype(array.dtype)))
+        if array.ndim > 1 + keep_leading:
+            square = jnp.sum(square, axis=-1)  # By rows first: CPUs share rows out to their cores.
+        sums.append(jnp.sum(square, axis=tuple(range(int(keep_leading), square.ndim))))
     return sum(sums[1:], start=sums[0])
 
 
@@ -284,7 +301,11 @@ def check_differentiable(tree: PyTree, what: str) -> None:
             ) from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{where} has dtype {dtype}, which has no gradient; differentiate floating-point "
-                f"arrays only, and put the others into the batch or close forward over them "
-                f"(nnx.split(model, nnx.Param, ...), equinox.partition)"
+                f"{where} has dtype {dtype}, which has no gradient; "
+                + (
+                    "let forward return floating-point arrays only, and put the others into the batch"
+                    if "forward" in what
+                    else "differentiate floating-point arrays only, and put the others into the batch or "
+                    "close forward over them (nnx.split(model, nnx.Param, ...), equinox.partition)"
+                )
             )

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from jaxreg.spec import BASE, Array, PyTree
+from jaxreg.spec import BASE, TOTAL, Array, PyTree
 
 
 @flax.struct.dataclass
@@ -91,8 +91,8 @@ class CustomLossOutput:
         """Plain Python for JSON: floats, None where there is no number, names in order.
 
         Numbers that are not finite become None; the names of the terms that made them are then
-        listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"total"`` where only a
-        sum overflowed). One transfer from the device.
+        listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"loss_total"`` where only a
+        sum overflowed).
 
         Raises:
           ValueError: the output holds more than one step (it went through vmap or scan).
@@ -173,7 +173,7 @@ def _number(value: Any) -> float | None:
 
 
 def _nonfinite(host: CustomLossOutput) -> list[str]:
-    """Names of the terms with a number that is not finite; 'total' if only a sum overflowed."""
+    """Names of the terms with a number that is not finite; 'loss_total' if only a sum overflowed."""
     named = {BASE: host.base_loss} | dict(host.regularizers)
     names = [
         name
@@ -182,5 +182,5 @@ def _nonfinite(host: CustomLossOutput) -> list[str]:
     ]
     totals = (host.loss_total, host.regularizer_total, host.total_grad_norm)
     if not names and not all(math.isfinite(t) for t in totals if t is not None):
-        names.append("total")
+        names.append(TOTAL)
     return names

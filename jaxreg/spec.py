@@ -18,10 +18,11 @@ travel with the objective as arguments of the compiled program and are never bak
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
 OPTIONAL_ARGUMENTS = ("key", "state")
 RESERVED_METRICS = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
 BASE = "base_loss"
+TOTAL = "loss_total"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,8 @@ def check_name(name: object) -> None:
             f"term {name!r}: a name has no '/', ':' or unprintable character, since it would collide "
             f"in the flat names (reg/<name>/value); try {_plain(name)!r}"
         )
-    if name == BASE:
-        raise ValueError(f"term {name!r}: this name belongs to the base loss; choose another")
+    if name in (BASE, TOTAL):
+        raise ValueError(f"term {name!r}: this name means something else in the reports; choose another")
 
 
 def check_weight(weight: Any, name: str) -> None:
@@ -121,8 +123,7 @@ def check_weight(weight: Any, name: str) -> None:
     who = f"term {name!r}"
     if isinstance(weight, bool) or not isinstance(weight, NUMERIC):
         raise TypeError(
-            f"{who}: a weight is a real number, a scalar array or a schedule (step -> weight), got "
-            f"{weight!r}"
+            f"{who}: a weight is a real number, a scalar array or a schedule (step -> weight), got {weight!r}"
         )
     shape, dtype = jnp.shape(weight), jnp.result_type(weight)
     if shape != ():
@@ -131,10 +132,11 @@ def check_weight(weight: Any, name: str) -> None:
         raise TypeError(f"{who}: a weight is a real number, got dtype {dtype}")
     if isinstance(weight, jax.core.Tracer):
         return
-    number = float(cast(Any, weight))
+    with np.errstate(over="ignore"):
+        number = float(np.asarray(weight, jnp.result_type(float)))  # as the program will see it
     if not math.isfinite(number) or number < 0:
         raise ValueError(
-            f"{who}: a weight is finite and ≥ 0, got {number}"
+            f"{who}: a weight is finite (in {jnp.result_type(float)}) and ≥ 0, got {weight}"
             + ("; to reward what the term measures, negate its value in fn" if number < 0 else "")
         )
 
@@ -143,11 +145,19 @@ def check_term(fn: object, who: str) -> None:
     """Refuse what cannot be called as ``fn(x, batch, *, key=..., state=...)`` or cannot be hashed."""
     if not callable(fn):
         raise TypeError(f"{who}: fn is a function of (x, batch), got {type(fn).__name__}")
+    if inspect.isclass(fn):
+        raise TypeError(f"{who}: fn is the class itself; make a term of it: {fn.__name__}(...)")
     split_arrays(fn, who)
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
         return  # A builtin without a signature: the first trace will tell.
+    for name in OPTIONAL_ARGUMENTS:
+        if name in signature.parameters and name not in requested_arguments(fn):
+            raise TypeError(
+                f"{who}: it takes {name!r} by position, and would never get it; make it keyword-only: "
+                f"fn(x, batch, *, {name})"
+            )
     asked = requested_arguments(fn)
     try:
         signature.bind(object(), object(), **dict.fromkeys(asked))
@@ -177,6 +187,18 @@ def requested_arguments(fn: TermFn) -> tuple[str, ...]:
     )
 
 
+def has_default(fn: TermFn, argument: str) -> bool:
+    """Whether fn can do without one of the arguments that it asks for."""
+    return inspect.signature(fn).parameters[argument].default is not inspect.Parameter.empty
+
+
+class _Hole(enum.Enum):
+    ARRAY = "array"  # an enum's members stay themselves when they are pickled
+
+
+_ARRAY = _Hole.ARRAY
+
+
 @dataclasses.dataclass(frozen=True)
 class StaticPart:
     """A callable without its arrays: hashable, and equal to that of an equal callable."""
@@ -192,9 +214,6 @@ class StaticPart:
         rest = iter(arrays)
         leaves = [next(rest) if other is _ARRAY else other for other in self.others]
         return jax.tree.unflatten(self.treedef, leaves)
-
-
-_ARRAY = "<array>"
 
 
 def split_arrays(fn: Any, who: str) -> tuple[StaticPart, tuple[Any, ...]]:
@@ -222,7 +241,11 @@ def call_term(
     fn: TermFn, x: PyTree, batch: PyTree, extra: Mapping[str, Any], who: str
 ) -> tuple[Array, dict[str, Array], PyTree]:
     """Run a term and check what it gave: its value, its metrics, and its next state (or None)."""
-    result = fn(x, batch, **extra)
+    try:
+        result = fn(x, batch, **extra)
+    except Exception as error:
+        error.add_note(f"This happened in the {who} of the objective.")
+        raise
     stateful = "state" in extra
     contract = "(value, metrics, next_state)" if stateful else "value or (value, metrics)"
     metrics: Any = {}
@@ -251,8 +274,7 @@ def _checked_value(value: Any, who: str, contract: str) -> Array:
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{who}: a term's value is a real floating-point number, got dtype {dtype}, which has no "
-            f"gradient"
+            f"{who}: a term's value is a real floating-point number, got dtype {dtype}, which has no gradient"
         )
     return jnp.asarray(value, accumulation_dtype(dtype))
 
@@ -266,8 +288,7 @@ def _checked_metrics(metrics: Any, who: str) -> dict[str, Array]:
             raise TypeError(f"{who}: a metric's name is a string that is not empty, got {name!r}")
         if name in RESERVED_METRICS:
             raise ValueError(
-                f"{who}: the metric {name!r} would collide with jaxreg's own reg/<name>/{name}; "
-                f"rename it"
+                f"{who}: the metric {name!r} would collide with jaxreg's own reg/<name>/{name}; rename it"
             )
         if not isinstance(metric, NUMERIC):
             raise TypeError(f"{who}: metric {name!r} is a scalar, got {_kind(metric)}")

@@ -51,9 +51,7 @@ def counting(fn):
 
 
 def norm(tree):
-    return np.sqrt(
-        sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(tree))
-    )
+    return np.sqrt(sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(tree)))
 
 
 def close(got, want, rtol=1e-5, atol=1e-6):

@@ -1,4 +1,4 @@
-"""Every built-in term with an example and an oracle in NumPy or SciPy float64 that is written from the formula.
+"""Every built-in term with an example, and an oracle in NumPy or SciPy float64, written from the formula.
 
 An oracle gets x and the case's data and returns a number a token [B, T] (or a value [B, T, K], or a number a
 datum [B]), which the test reduces; or, for a term without a named reduction, the value itself.
@@ -265,15 +265,16 @@ CASES = {
         lambda r: R.JS(reference="ref_logits", reduction=r),
         "logits",
         lambda x, d: np.array(
-            [[
-                (stats.entropy(p, (p + q) / 2) + stats.entropy(q, (p + q) / 2)) / 2
-                for p, q in zip(softmax(x[b]), softmax(d["ref_logits"][b]), strict=True)
-            ] for b in range(B)]
+            [
+                [
+                    (stats.entropy(p, (p + q) / 2) + stats.entropy(q, (p + q) / 2)) / 2
+                    for p, q in zip(softmax(x[b]), softmax(d["ref_logits"][b]), strict=True)
+                ]
+                for b in range(B)
+            ]
         ),
     ),
-    "ConfidencePenalty": Case(
-        lambda r: R.ConfidencePenalty(reduction=r), "logits", lambda x, d: -entropy(x)
-    ),
+    "ConfidencePenalty": Case(lambda r: R.ConfidencePenalty(reduction=r), "logits", lambda x, d: -entropy(x)),
     "LabelSmoothing": Case(
         lambda r: R.LabelSmoothing(reduction=r),
         "logits",
@@ -354,7 +355,10 @@ CASES |= {
         False,
     ),
     "NuclearNorm": Case(
-        lambda: R.NuclearNorm(), "params", lambda p, d: sum(np.linalg.norm(m, "nuc") for m in matrices(p)), False
+        lambda: R.NuclearNorm(),
+        "params",
+        lambda p, d: sum(np.linalg.norm(m, "nuc") for m in matrices(p)),
+        False,
     ),
     "SpectralNorm": Case(
         lambda: R.SpectralNorm(iterations=200),

@@ -138,7 +138,11 @@ LOGPROBS = sorted(n for n, c in CASES.items() if c.x in ("lp", "top", "logits"))
 @pytest.mark.parametrize("where", ["x", "reference", "both"])
 @pytest.mark.parametrize("name", LOGPROBS)
 def test_minus_infinity_never_makes_a_nan(name, where):
-    if "rthogonality" in name or name == "GradientPenalty" or (name.startswith("Consistency") and name[-2:] != "kl"):
+    if (
+        "rthogonality" in name
+        or name == "GradientPenalty"
+        or (name.startswith("Consistency") and name[-2:] != "kl")
+    ):
         pytest.skip("a term on vectors, which are finite")
     case, term, x, batch = prepared(name, "token_mean", np.float32)
     at = (0, 1, 2) if x.ndim == 3 else (0, 1)

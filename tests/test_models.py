@@ -76,7 +76,7 @@ def test_training_with_every_framework(make, wrt, rng):
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
             jr.RegularizerSpec(name="z", fn=jr.regularizers.ZLoss(), weight=1e-3),
-            jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(start), weight=1e-3, on="params"),
+            jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(reference=start), weight=1e-3, on="params"),
         ],
         forward=forward,
         track_grad_norms=track,
@@ -86,9 +86,7 @@ def test_training_with_every_framework(make, wrt, rng):
         z = forward(params, batch)
         logp = jax.nn.log_softmax(z)
         nll = -jnp.take_along_axis(logp, batch["target_tokens"][..., None], -1).mean()
-        away = sum(
-            jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (params, start)), strict=True)
-        )
+        away = sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (params, start)), strict=True))
         return nll + 1e-3 * (jax.nn.logsumexp(z, -1) ** 2).mean() + 1e-3 * away
 
     (loss, out), grads = objective.value_and_grad(params, batch)

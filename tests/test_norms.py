@@ -53,8 +53,7 @@ def problem(seed, dtype=np.float32):
 
 def compose(names, weights, track, with_decay):
     terms = [
-        jr.RegularizerSpec(name=n, fn=OUTPUT_TERMS[n], weight=w)
-        for n, w in zip(names, weights, strict=False)
+        jr.RegularizerSpec(name=n, fn=OUTPUT_TERMS[n], weight=w) for n, w in zip(names, weights, strict=False)
     ]
     if with_decay:
         terms.append(jr.RegularizerSpec(name="decay", fn=decay, weight=0.01, on="params"))
@@ -170,9 +169,7 @@ def test_the_rest_of_a_filtered_pullback_is_never_computed():
     terms = [jr.RegularizerSpec(name=n, fn=f, weight=0.1) for n, f in OUTPUT_TERMS.items()]
 
     def cost(track):
-        return flops(
-            jr.compose(cross_entropy, terms, forward=deep, track_grad_norms=track), params, batch
-        )
+        return flops(jr.compose(cross_entropy, terms, forward=deep, track_grad_norms=track), params, batch)
 
     whole, head, none = cost(True), cost(jr.GradNorms(params="head")), cost(False)
     assert head < none + 0.3 * (whole - none)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, plogp_ratio, real_values, reduce_tokens
+from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, plogp_ratio, reduce_tokens
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
@@ -96,7 +96,7 @@ class KLTopK:
 def _read(source: Source, x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array, Array]:
     x = needs(x, 3, who, "logprobs of K tokens at every place, [B, T, K]")
     tokens = as_token_batch(batch, x, who)
-    return tokens, real_values(tokens, x, who), read_like(source, tokens, x.shape, who, "the teacher")
+    return tokens, logprob_values(tokens, x, who), read_like(source, tokens, x.shape, who, "the teacher")
 
 
 def _renormalised(logprobs: Array, counted: Array) -> Array:

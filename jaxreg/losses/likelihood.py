@@ -7,7 +7,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    logprob_values,
+    real_values,
+    reduce_tokens,
+)
 from jaxreg._term import term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
@@ -52,9 +59,10 @@ class CrossEntropy:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The loss of x."""
         tokens = as_token_batch(batch, x, "CrossEntropy")
-        logprobs = real_values(tokens, x, "CrossEntropy")
         if self.inputs == "logits":
-            logprobs = self._target_logprobs(logprobs, tokens)
+            logprobs = self._target_logprobs(real_values(tokens, x, "CrossEntropy"), tokens)
+        else:
+            logprobs = logprob_values(tokens, x, "CrossEntropy")
         if logprobs.shape != tokens.weights.shape:
             raise ValueError(
                 f"CrossEntropy: logprobs have shape {logprobs.shape}, but the batch's weights have "
@@ -70,8 +78,7 @@ class CrossEntropy:
     def _target_logprobs(self, logits: Array, tokens: TokenBatch) -> Array:
         if self.targets not in tokens:
             raise KeyError(
-                f"CrossEntropy: the batch has no target tokens {self.targets!r}; it has "
-                f"{sorted(tokens)}"
+                f"CrossEntropy: the batch has no target tokens {self.targets!r}; it has {sorted(tokens)}"
             )
         targets = tokens[self.targets]
         if logits.ndim != 3 or targets.shape != tokens.shape:
@@ -79,7 +86,12 @@ class CrossEntropy:
                 f"CrossEntropy: inputs='logits' takes x [B, T, V] and {self.targets!r} [B, T]; got "
                 f"{logits.shape} and {targets.shape}"
             )
-        targets = tokens.where(targets, 0)
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(
+                f"CrossEntropy: {self.targets!r} are token numbers, so integers; got dtype {targets.dtype}"
+            )
+        # Wide first: 256 does not fit into the uint8 that byte-level targets may come in.
+        targets = tokens.where(targets.astype(jnp.int32), 0)
         valid = (targets >= 0) & (targets < logits.shape[-1])
         index = jnp.where(valid, targets, 0)[..., None]
         chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, reduce_tokens
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
@@ -215,8 +215,9 @@ def _read(
     """The batch, lp, lp − s (0 where it is not finite), where it is finite, and A."""
     x = needs(x, 2, who, "sampled-token logprobs [B, T]")
     tokens = as_token_batch(batch, x, who)
-    logprobs = real_values(tokens, x, who)
-    sampler = read_like(loss.sampler, tokens, x.shape, who, "the sampler's logprobs")
+    by_mask = isinstance(loss, GSPO)  # its ratio is of the whole sequence, whatever the weights
+    logprobs = logprob_values(tokens, x, who, by_mask=by_mask)
+    sampler = read_like(loss.sampler, tokens, x.shape, who, "the sampler's logprobs", by_mask=by_mask)
     advantages = read_like(loss.advantages, tokens, x.shape, who, "advantages")
     counted = jnp.isfinite(logprobs) & jnp.isfinite(sampler)
     log_ratio = jnp.where(counted, logprobs, 0.0) - jnp.where(counted, sampler, 0.0)
@@ -239,5 +240,5 @@ def _ratio_metrics(tokens: TokenBatch, log_ratio: Array) -> dict[str, Array]:
 def _check_range(low: float, high: float, who: str) -> None:
     if not (0 <= low <= 1 <= high and math.isfinite(high)):
         raise ValueError(
-            f"{who}: a clip range holds 1, and is not negative: 0 ≤ low ≤ 1 ≤ high; got low={low!r}, high={high!r}"
+            f"{who}: a clip range is not negative and holds 1: 0 ≤ low ≤ 1 ≤ high; got {low!r}, {high!r}"
         )

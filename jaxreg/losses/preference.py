@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import real_values
+from jaxreg._reductions import logprob_values
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
@@ -96,7 +96,7 @@ def _read(x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array]:
             f"{who}: rows alternate, chosen and rejected, so their number is even; got {x.shape[0]} rows"
         )
     tokens = as_token_batch(batch, x, who)
-    return tokens, real_values(tokens, x, who)
+    return tokens, logprob_values(tokens, x, who)
 
 
 def _logistic(tokens: TokenBatch, rewards: Array, margin: float) -> tuple[Array, dict[str, Array]]:

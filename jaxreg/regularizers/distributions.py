@@ -12,6 +12,7 @@ from jaxreg._reductions import (
     REDUCTIONS,
     Reduction,
     check_choice,
+    largest,
     log_probabilities,
     plogp_ratio,
     real_values,
@@ -125,7 +126,7 @@ class KL:
         values = real_values(tokens, x, "KL")
         reference = read_like(self.reference, tokens, values.shape, "KL", "the reference")
         divergence = self._sampled(values, reference) if x.ndim == 2 else self._exact(values, reference)
-        metrics = {"mean": tokens.mean(divergence), "max": jnp.max(tokens.where(divergence, -jnp.inf))}
+        metrics = {"mean": tokens.mean(divergence), "max": largest(tokens, divergence)}
         return reduce_tokens(tokens, divergence, self.reduction), metrics
 
     def _exact(self, x: Array, reference: Array) -> Array:
@@ -219,7 +220,7 @@ class JS:
         divergence = jnp.sum(0.5 * halves, axis=-1)
         metrics = {
             "mean": tokens.mean(divergence),
-            "max": jnp.max(tokens.where(divergence, -jnp.inf)),
+            "max": largest(tokens, divergence),
         }
         return reduce_tokens(tokens, divergence, self.reduction), metrics
 

@@ -1,9 +1,9 @@
 """Terms on the parameters themselves: use them with ``on="params"``.
 
 All take ``params``, which leaves they touch: None for all, a shell pattern on the path (``"*/kernel"``), a
-leading part of it (``"head"``), a tuple of them, or a function of the path. Terms on matrices touch the leaves
-with two axes or more, the last one against all others (a kernel [in, out], [heads, in, out], ...), and say so
-where a filter leaves them none. A filter that matches nothing is an error that lists the paths.
+leading part of it (``"head"``), a tuple of them, or a function of the path; one that matches nothing is an
+error that lists the paths. Terms on matrices touch the leaves with two axes or more, the last one against
+all others (a kernel [in, out], [heads, in, out], ...), and say so where a filter leaves them none.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class NuclearNorm:
             linear = jnp.sum(direction * matrix)
             sums.append(exact + linear - jax.lax.stop_gradient(linear))
             share = s / jnp.maximum(exact, 1e-30)
-            ranks.append(jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))))
+            ranks.append(
+                jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0)))
+            )
         return _total(sums), {"effective_rank": _total(ranks) / len(ranks)}
 
 
@@ -191,7 +193,8 @@ class L2SP:
 
     Args:
       reference: θ₀, of the structure of the parameters. It travels with the objective as an argument
-        of the compiled program, and gets no gradient.
+        of the compiled program, and gets no gradient. Where the parameters are donated, give a copy:
+        ``jax.tree.map(jnp.copy, params)``.
       params: which leaves; see the module.
 
     Metrics: ``distance``, the L2 distance ‖θ − θ₀‖.
@@ -313,7 +316,10 @@ def _pairs(
         )
     for path, a, b in zip(leaf_paths(x), jax.tree.leaves(x), jax.tree.leaves(other), strict=True):
         if jnp.shape(a) != jnp.shape(b):
-            raise ValueError(f"{who}: at {path!r} x has shape {jnp.shape(a)}, but {what} has {jnp.shape(b)}")
+            raise ValueError(
+                f"{who}: at {path!r} x has shape {jnp.shape(a)}, but {what} has {jnp.shape(b)}; did the spec "
+                f"forget on='params'?"
+            )
     return _chosen(x, where, who), [jax.lax.stop_gradient(leaf) for leaf in _chosen(other, where, who)]
 
 

@@ -7,7 +7,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    largest,
+    logprob_values,
+    real_values,
+    reduce_tokens,
+)
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
@@ -42,7 +50,7 @@ class L1:
         """The penalty of x [B, T] or [B, T, K]."""
         tokens, values = _values(x, batch, self.target, "L1")
         size = jnp.abs(values)
-        metrics = {"mean": tokens.mean(size), "max": jnp.max(tokens.where(size, 0.0))}
+        metrics = {"mean": tokens.mean(size), "max": largest(tokens, size)}
         return self.strength * reduce_tokens(tokens, size, self.reduction), metrics
 
 
@@ -86,7 +94,7 @@ class L2:
         finite = jnp.isfinite(values)
         values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
-            counted = tokens.mean(finite)
+            counted = tokens.mean(finite.astype(values.dtype))
             values = values - tokens.mean(values) / jnp.where(counted == 0, 1.0, counted)
         elif self.center is not None:
             values = values - self.center
@@ -201,7 +209,7 @@ class Focal:
         """The loss of x [B, T]."""
         x = needs(x, 2, "Focal", "target logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Focal")
-        logprobs = real_values(tokens, x, "Focal")
+        logprobs = logprob_values(tokens, x, "Focal")
         finite = jnp.isfinite(logprobs)
         safe = jnp.where(finite, logprobs, 0.0)
         unsure = jnp.maximum(-jnp.expm1(safe), 0.0)
@@ -243,7 +251,7 @@ class Unlikelihood:
         if self.candidates is not None:
             chosen = read_like(self.candidates, tokens, x.shape, "Unlikelihood", "candidates")
             tokens = tokens.replace(weights=tokens.weights * chosen)  # type: ignore[attr-defined]
-        logprobs = real_values(tokens, x, "Unlikelihood")
+        logprobs = logprob_values(tokens, x, "Unlikelihood")
         loss = -jnp.log(jnp.maximum(-jnp.expm1(logprobs), self.floor))
         return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
 

@@ -14,6 +14,7 @@ from jaxreg._reductions import (
     Reduction,
     check_choice,
     log_probabilities,
+    logprob_values,
     plogp_ratio,
     real_values,
     reduce_tokens,
@@ -33,8 +34,8 @@ class Consistency:
     Args:
       reference: the paired outputs, of the shape of x: a name in the batch, an array, or a function of
         the batch. No gradient.
-      metric: **"mse"**, ``(x − r)²``; ``"l1"``, ``|x − r|``; ``"cosine"``, 1 − cos of each datum's values as
-        one vector (``reduction`` is then a mean or a sum over datums); ``"kl"``, Σ p(log p − log q) over
+      metric: **"mse"**, ``(x − r)²``; ``"l1"``, ``|x − r|``; ``"cosine"``, 1 − cos of each datum's values
+        as one vector (``reduction`` is then a mean or a sum over datums); ``"kl"``, Σ p(log p − log q) over
         the last axis of [B, T, V].
       reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
 
@@ -58,8 +59,11 @@ class Consistency:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The distance of x [B, T] or [B, T, K] from its pair."""
         tokens = as_token_batch(batch, x, "Consistency")
-        values = real_values(tokens, x, "Consistency")
-        paired = read_like(self.reference, tokens, values.shape, "Consistency", "the paired field")
+        by_mask = self.metric == "cosine"  # of the whole datum
+        values = real_values(tokens, x, "Consistency", by_mask=by_mask)
+        paired = read_like(
+            self.reference, tokens, values.shape, "Consistency", "the paired field", by_mask=by_mask
+        )
         if self.metric == "cosine":
             rows = (values.shape[0], -1)
             distance = 1 - _cosine(values.reshape(rows), paired.reshape(rows))
@@ -78,8 +82,8 @@ class Orthogonality:
     """How far rows are from orthonormal (Brock et al. 2017; Bansal et al. 2018).
 
     With rows normalised (norms floored at 1e-8) and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
-    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. Of x [N, D], the matrix itself; of x [B, T, D], each datum's
-    real tokens are a matrix, and the mean is taken over datums.
+    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. Of x [N, D], the matrix itself; of x [B, T, D], each
+    datum's real tokens are a matrix, and the mean is taken over datums.
 
     Args:
       mode: see above.
@@ -108,7 +112,7 @@ class Orthogonality:
             return value, {"max_cosine": largest}
         x = needs(x, 3, "Orthogonality", "a matrix [N, D], or one a datum [B, T, D]")
         tokens = as_token_batch(batch, x, "Orthogonality")
-        values = real_values(tokens, x, "Orthogonality")
+        values = real_values(tokens, x, "Orthogonality", by_mask=True)
         per_datum, largest = jax.vmap(lambda m: gram_distance(m, self.mode, self.axis))(values)
         return tokens.mean(per_datum), {"max_cosine": jnp.max(jnp.where(tokens.lengths > 0, largest, 0.0))}
 
@@ -143,14 +147,18 @@ class GradientPenalty:
         if not (math.isfinite(self.target) and self.target >= 0):
             raise ValueError(f"GradientPenalty: target is a finite number ≥ 0, got {self.target!r}")
 
-    def __call__(self, x: Array, batch: PyTree, *, key: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Array, batch: PyTree, *, key: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         """The penalty at x [B, T] or [B, T, K]."""
         tokens = as_token_batch(batch, x, "GradientPenalty")
-        at = real_values(tokens, x, "GradientPenalty")
+        at = real_values(tokens, x, "GradientPenalty", by_mask=True)
         if self.reference is not None:
             if key is None:
                 raise ValueError("GradientPenalty: with a reference it needs key=, for ε")
-            other = read_like(self.reference, tokens, at.shape, "GradientPenalty", "the reference")
+            other = read_like(
+                self.reference, tokens, at.shape, "GradientPenalty", "the reference", by_mask=True
+            )
             mix = jax.random.uniform(key, (at.shape[0],) + (1,) * (at.ndim - 1), at.dtype)
             at = mix * at + (1 - mix) * other
         slope = jax.grad(lambda v: jnp.sum(self.fn(v, batch)))(at)
@@ -242,7 +250,7 @@ class Length:
         """The surrogate of sampled-token logprobs x [B, T]."""
         x = needs(x, 2, "Length", "sampled-token logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Length")
-        logprobs = real_values(tokens, x, "Length")
+        logprobs = logprob_values(tokens, x, "Length", by_mask=True)
         logprobs = jnp.where(jnp.isfinite(logprobs), logprobs, 0.0)
         length = jnp.sum(tokens.mask, axis=1).astype(logprobs.dtype)
         excess = jnp.maximum(length - self.target, 0.0) / self.target

@@ -11,9 +11,8 @@ import numpy as np
 
 from jaxreg._paths import leaf_paths
 from jaxreg.batch import TokenBatch
-from jaxreg.spec import Array, PyTree, TermFn, call_term
+from jaxreg.spec import Array, PyTree, TermFn, call_term, requested_arguments
 from jaxreg.spec import check_term as check_signature
-from jaxreg.spec import requested_arguments
 
 _GARBAGE = (7.5, -np.inf, np.nan)
 
@@ -60,7 +59,7 @@ def check_term(
       Traceback (most recent call last):
       ...
       jaxreg.testing.terms.TermCheckError: the term does not keep the contract:
-      - no gradient into padding: ... at [1, 1] ... mask it, with batch.where(x) or batch.mean(...)
+      - no gradient into padding: it is not 0 at [1, 1]...
       ...
     """
     check_signature(fn, "the term")
@@ -109,7 +108,9 @@ def _transformations(
     jitted = float(jax.jit(value)(x, batch))
     if not _close(jitted, plain):
         yield f"same under jit: {jitted} with, {plain} without; a term is a pure function of its arguments"
-    nudges = [jax.tree.map(lambda a: a + 0.01 * rng.normal(size=a.shape).astype(a.dtype), x) for _ in range(3)]
+    nudges = [
+        jax.tree.map(lambda a: a + 0.01 * rng.normal(size=a.shape).astype(a.dtype), x) for _ in range(3)
+    ]
     mapped = jax.vmap(value, in_axes=(0, None))(jax.tree.map(lambda *a: jnp.stack(a), *nudges), batch)
     for i, nudge in enumerate(nudges):
         if not _close(float(mapped[i]), float(value(nudge, batch))):
@@ -132,7 +133,10 @@ def _numerical(
                 direction *= np.asarray(mask).reshape(mask.shape + (1,) * (direction.ndim - 2))
             # A step of 1e-6: the difference's own error is near 1e-9 for a value and curvature near 1.
             shifted = [
-                value(treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), wide_batch)
+                value(
+                    jax.tree.unflatten(treedef, [*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]),
+                    wide_batch,
+                )
                 for s in (1e-6, -1e-6)
             ]
             numerical = float(shifted[0] - shifted[1]) / 2e-6
@@ -173,7 +177,7 @@ def _padding(x: Array, batch: TokenBatch, value: Callable[..., Array]) -> Iterat
         arrays = {name: _fill(array, mask, garbage) for name, array in batch.arrays.items()}
         got = float(value(x, batch.replace(arrays=arrays)))  # type: ignore[attr-defined]
         if not _close(got, plain):
-            yield f"padding of the batch's arrays changes nothing: with {garbage} in it the value is {got}, not {plain}"
+            yield f"padding of the batch changes nothing: {garbage} there makes the value {got}, not {plain}"
             break
     longer, longer_x = _extended(batch), _extend(x, mask.shape)
     got = float(value(longer_x, longer))

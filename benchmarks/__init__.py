@@ -1,0 +1,10 @@
+"""What the norms of every term cost, next to the other ways to get them.
+
+Run from the repository's root, with jaxreg installed or on PYTHONPATH::
+
+    python -m benchmarks --torch-python PYTHON   # two cases timed, as Markdown tables
+    python -m benchmarks compile                 # compile time of 32 terms
+    python -m benchmarks programs --tpu v5e:2x4  # flops, bytes and collectives of the programs
+
+Every contestant is checked against float64 on the shapes that are timed, before it is timed.
+"""

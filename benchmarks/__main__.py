@@ -1,0 +1,65 @@
+"""The commands; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import benchmarks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=benchmarks.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--torch-python", metavar="PYTHON", help="a Python with torch and torchjd")
+    parser.add_argument("--case", choices=["outputs", "params"], help="only this one")
+    parser.add_argument("--quick", action="store_true", help="three rounds")
+    parser.add_argument("--write", action="store_true", help="write results-<jax version>.md too")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("compile", help="compile time of 32 terms")
+    programs = commands.add_parser("programs", help="flops, bytes, memory and collectives")
+    programs.add_argument("--tpu", metavar="TOPOLOGY", help="such as v5e:2x4; needs jax[tpu]")
+    options = parser.parse_args()
+    if options.command == "compile":
+        from benchmarks.compile_time import compile_table
+        from benchmarks.table import machine
+
+        print(f"{machine({})}\n\n{compile_table()}")
+    elif options.command == "programs":
+        from benchmarks.programs import programs_table
+        from benchmarks.table import machine
+
+        print(f"{machine({})}\n\n{programs_table(options.tpu)}")
+    else:
+        _run_cases(options)
+
+
+def _run_cases(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.cases import PROBLEMS
+    from benchmarks.run_case import run_case
+    from benchmarks.table import machine
+    from benchmarks.torch_worker import has_torch
+
+    torch_python = options.torch_python or (sys.executable if has_torch() else None)
+    sections: list[str] = []
+    versions: dict[str, str] = {}
+    for case in [options.case] if options.case else PROBLEMS:
+        section, versions = run_case(case, torch_python, options.quick)
+        sections.append(section)
+        print(section, flush=True)
+    where = machine(versions)
+    print(where)
+    if options.write:
+        path = Path(__file__).parent / f"results-{jax.__version__}.md"
+        heading = f"# Timings with jax {jax.__version__}\n\n{where}.\n"
+        path.write_text("\n".join([heading, *sections]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What a contestant computed, and how far it is from float64. Needs NumPy only."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+
+# "values" [K], "norms" (or "output norms", "untied norms") [K], and "gradient/<leaf>" of the total.
+Answer: TypeAlias = dict[str, np.ndarray]
+
+TOLERANCE = 1e-4
+
+
+def save(path: str, arrays: Answer) -> None:
+    """Write arrays for another process."""
+    np.savez(path, **cast(dict[str, Any], arrays))
+
+
+def worst_error(answer: Answer, reference: Answer) -> tuple[float, str]:
+    """The largest relative error and where it is: of each value and norm, of each gradient leaf."""
+    for name in reference:
+        if name.startswith(("values", "gradient")) and name not in answer:
+            return np.inf, f"{name} (missing)"
+    return max((_error(name, array, reference[name]), name) for name, array in answer.items())
+
+
+def _error(name: str, array: np.ndarray, reference: np.ndarray) -> float:
+    if array.shape != reference.shape:
+        return np.inf
+    gap, size = np.abs(np.asarray(array, np.float64) - reference), np.abs(reference)
+    error = np.max(gap) / np.max(size) if name.startswith("gradient") else np.max(gap / size)
+    return float(error) if np.isfinite(error) else np.inf
