@@ -87,7 +87,9 @@ def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
             jr.RegularizerSpec(
                 name="l2_logits", fn=jr.regularizers.L2(clip=20.0, reduction="token_mean"), weight=1e-3
             ),
-            jr.RegularizerSpec(name="l2_sp", fn=jr.regularizers.L2SP(start), weight=2e-5, on="params"),
+            jr.RegularizerSpec(
+                name="l2_sp", fn=jr.regularizers.L2SP(reference=start), weight=2e-5, on="params"
+            ),
             jr.RegularizerSpec(name="kernel_l1", fn=kernel_l1, weight=0.05, on="params"),
         ],
         forward=forward,

@@ -95,6 +95,11 @@ def _array(value: Any, name: str, i: int) -> np.ndarray:
     if is_float and np.isnan(array.astype(np.float64, copy=False)).any():
         at = np.argwhere(np.isnan(array.astype(np.float64, copy=False)))[0].tolist()
         raise ValueError(f"{where}: NaN at {at if at else 'its only value'}")
+    if is_float and name.endswith("logprobs") and array.size and array.max() > 1e-3:
+        raise ValueError(
+            f"{where}: logprobs are ≤ 0, but it holds {float(array.max()):.4g}; if these are probabilities, "
+            f"take their logarithm"
+        )
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind in "iu" and array.size:
         limits = np.iinfo(dtype)

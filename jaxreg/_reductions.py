@@ -27,14 +27,15 @@ def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Arr
     return batch.mean(values) if reduction == "token_mean" else batch.datum_mean(values)
 
 
-def real_values(batch: TokenBatch, x: Array, who: str) -> Array:
-    """x in float32 (or float64), with 0 where no token counts: not real, or of weight 0."""
+def real_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False) -> Array:
+    """x in float32 (or float64), with 0 where no token counts: not real, or (unless by_mask) of weight 0."""
     if jnp.ndim(x) < 2 or x.shape[:2] != batch.shape:
         raise ValueError(
             f"{who}: expected an array of shape [B, T] or [B, T, V] with (B, T) = {batch.shape}, "
             f"got {jnp.shape(x)}"
         )
-    counted = counts(batch).reshape(batch.shape + (1,) * (x.ndim - 2))
+    counted = batch.mask if by_mask else counts(batch)
+    counted = counted.reshape(batch.shape + (1,) * (x.ndim - 2))
     values = x.astype(accumulation_dtype(x.dtype))
     return jnp.where(counted, values, jnp.zeros((), values.dtype))
 
@@ -72,3 +73,18 @@ def plogp_ratio(log_p: Array, log_q: Array) -> Array:
     safe_p, safe_q = jnp.where(finite, log_p, 0.0), jnp.where(finite, log_q, 0.0)
     limit = jnp.where(jnp.isneginf(log_p), 0.0, jnp.inf)
     return jnp.where(finite, jnp.exp(safe_p) * (safe_p - safe_q), limit)
+
+
+def logprob_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False) -> Array:
+    """`real_values`, of log-probabilities.
+
+    Raises:
+      ValueError: one is positive. Only numbers can be told from one another, so a traced x passes.
+    """
+    values = real_values(batch, x, who, by_mask=by_mask)
+    if not isinstance(values, jax.core.Tracer) and values.size and float(jnp.max(values)) > 1e-3:
+        raise ValueError(
+            f"{who}: logprobs are ≤ 0, but x holds {float(jnp.max(values)):.4g}; if these are probabilities, "
+            f"take their logarithm"
+        )
+    return values

@@ -31,6 +31,7 @@ from jaxreg.spec import (
     call_term,
     check_term,
     check_weight,
+    has_default,
     requested_arguments,
     split_arrays,
 )
@@ -347,7 +348,7 @@ def _bind(
         who = _who(name)
         asked = requested_arguments(fn)
         extra: dict[str, Any] = {}
-        if "key" in asked:
+        if "key" in asked and (key is not None or not has_default(fn, "key")):
             extra["key"] = _own_key(key, name, who)
         if "state" in asked:
             extra["state"] = _own_state(state, name, who)

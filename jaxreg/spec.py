@@ -187,6 +187,11 @@ def requested_arguments(fn: TermFn) -> tuple[str, ...]:
     )
 
 
+def has_default(fn: TermFn, argument: str) -> bool:
+    """Whether fn can do without one of the arguments that it asks for."""
+    return inspect.signature(fn).parameters[argument].default is not inspect.Parameter.empty
+
+
 class _Hole(enum.Enum):
     ARRAY = "array"  # an enum's members stay themselves when they are pickled
 

@@ -156,7 +156,7 @@ def test_terms_that_hold_arrays_are_arguments_and_not_constants(x):
     start = {"w": jnp.ones((3, 3)), "b": jnp.zeros(3)}
     objective = jr.compose(
         lambda out, batch: jnp.sum(out),
-        [jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(start), weight=1.0, on="params")],
+        [jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(reference=start), weight=1.0, on="params")],
         forward=lambda p, batch: p["w"] + p["b"][None],
     )
     params = jax.tree.map(lambda a: a + 1, start)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxreg import __main__, testing
+from jaxreg import __main__
+from jaxreg.testing import numerics as testing
 
 
 def test_it_passes_here(capsys):

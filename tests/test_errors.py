@@ -276,7 +276,7 @@ def test_other_bad_use_of_a_batch():
         (lambda: jr.regularizers.KL(direction="back"), "'forward', 'reverse'"),
         (lambda: jr.regularizers.L2(clip=0.0), "clip is a positive number"),
         (lambda: jr.regularizers.L2(center="median"), "'mean'; got 'median'"),
-        (lambda: jr.regularizers.L1(of="logits"), "'x', 'probs'"),
+        (lambda: jr.regularizers.L1(strength=-1.0), "strength is a finite number"),
     ],
 )
 def test_bad_arguments_of_terms(make, message):
@@ -292,7 +292,7 @@ def test_bad_arguments_of_terms(make, message):
             (2, 3),
             {"ref": (2, 3)},
             KeyError,
-            r"no array 'ref_logprobs'; it has \['ref'\]",
+            r"no array 'ref_logprobs' \(the reference\); it has \['ref'\]",
         ),
         (
             jr.regularizers.KL(reference="ref"),
@@ -301,12 +301,12 @@ def test_bad_arguments_of_terms(make, message):
             ValueError,
             r"\(2, 3, 4\).*\(2, 3\)",
         ),
-        (jr.regularizers.ZLoss(), (2, 3), {}, ValueError, r"logits \[B, T, V\], got \(2, 3\)"),
+        (jr.regularizers.ZLoss(), (2, 3), {}, ValueError, r"logits \[B, T, V\], got shape \(2, 3\)"),
         (jr.regularizers.Entropy(normalize=True), (2, 3), {}, ValueError, "need whole distributions"),
         (jr.losses.CrossEntropy(), (2, 3, 4), {}, ValueError, "inputs='logits' if x holds logits"),
         (jr.losses.CrossEntropy(inputs="logits"), (2, 3, 4), {}, KeyError, "no target tokens"),
         (jr.regularizers.L1(), (3,), {}, ValueError, r"\[B, T, ...\], got \(3,\)"),
-        (jr.regularizers.L2SP({"a": 1.0}), (2,), {}, ValueError, "did the spec forget on='params'"),
+        (jr.regularizers.L2SP(reference={"a": 1.0}), (2,), {}, ValueError, "did the spec forget on='params'"),
     ],
 )
 def test_shapes_that_do_not_fit_a_term(term, x, batch, error, message):

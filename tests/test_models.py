@@ -76,7 +76,7 @@ def test_training_with_every_framework(make, wrt, rng):
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
             jr.RegularizerSpec(name="z", fn=jr.regularizers.ZLoss(), weight=1e-3),
-            jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(start), weight=1e-3, on="params"),
+            jr.RegularizerSpec(name="sp", fn=jr.regularizers.L2SP(reference=start), weight=1e-3, on="params"),
         ],
         forward=forward,
         track_grad_norms=track,

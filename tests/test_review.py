@@ -82,7 +82,7 @@ def test_the_derivative_with_respect_to_a_weight_is_the_value_at_weight_zero_too
 
 def test_l2_sp_does_not_broadcast():
     with pytest.raises(ValueError, match=r"at 'w' x has shape \(4, 3\), but the reference has \(4, 1\)"):
-        jr.regularizers.L2SP({"w": jnp.ones((4, 1))})({"w": jnp.ones((4, 3))}, None)
+        jr.regularizers.L2SP(reference={"w": jnp.ones((4, 1))})({"w": jnp.ones((4, 3))}, None)
 
 
 def test_weights_of_both_signs_that_sum_to_zero_are_not_hidden():
@@ -117,7 +117,7 @@ def test_what_terms_close_over_is_freed_with_the_objective():
 
 def test_an_objective_can_be_pickled():
     start = {"w": jnp.ones(3)}
-    terms = [spec("sp", jr.regularizers.L2SP(start), on="params"), spec("e", jr.regularizers.L2())]
+    terms = [spec("sp", jr.regularizers.L2SP(reference=start), on="params"), spec("e", jr.regularizers.L2())]
     objective = jr.compose(jr.losses.CrossEntropy(), terms, forward=_pick)
     copy = pickle.loads(pickle.dumps(objective))
     params, batch = {"w": 2 * jnp.ones((1, 3))}, jr.TokenBatch.from_arrays(mask=jnp.ones((1, 3), bool))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Literal
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jaxreg._reductions import (
     REDUCTIONS,
     Reduction,
-    array_from,
     check_choice,
     largest,
     log_probabilities,
@@ -20,11 +18,12 @@ from jaxreg._reductions import (
     real_values,
     reduce_tokens,
 )
+from jaxreg._term import Source, needs, read_like, term
 from jaxreg.batch import as_token_batch
 from jaxreg.spec import Array, PyTree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class Entropy:
     """Entropy ``H = −Σ p·log p`` over the last axis, in nats (Shannon 1948).
 
@@ -81,7 +80,7 @@ class Entropy:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class KL:
     """Kullback–Leibler divergence to a reference, in nats; p is the model.
 
@@ -91,8 +90,8 @@ class KL:
     ``k1 = −d``, ``k2 = ½d²``, ``k3 = exp(d) − d − 1``.
 
     Args:
-      reference: the name of the batch's array with the reference's logprobs (or logits), of the
-        shape of x. It gets no gradient.
+      reference: the reference's logprobs (or logits), of the shape of x: a name in the batch, an array,
+        or a function of the batch. No gradient.
       direction: ``"forward"`` or ``"reverse"``; [B, T, V] only.
       symmetric: the mean of both directions; [B, T, V] only.
       estimator: ``"k1"``, ``"k2"`` or ``"k3"``; [B, T] only.
@@ -110,7 +109,7 @@ class KL:
       1.0
     """
 
-    reference: str = "ref_logprobs"
+    reference: Source = "ref_logprobs"
     direction: Literal["forward", "reverse"] = "forward"
     symmetric: bool = False
     estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -125,7 +124,7 @@ class KL:
         """The divergence of x from the reference."""
         tokens = as_token_batch(batch, x, "KL")
         values = real_values(tokens, x, "KL")
-        reference = jax.lax.stop_gradient(array_from(tokens, self.reference, values.shape, "KL"))
+        reference = read_like(self.reference, tokens, values.shape, "KL", "the reference")
         divergence = self._sampled(values, reference) if x.ndim == 2 else self._exact(values, reference)
         metrics = {"mean": tokens.mean(divergence), "max": largest(tokens, divergence)}
         return reduce_tokens(tokens, divergence, self.reduction), metrics
@@ -152,7 +151,7 @@ class KL:
         return jnp.where(finite, divergence, jnp.where(both_zero, 0.0, limit))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class ZLoss:
     """z-loss: the mean of ``logsumexp(logits)²``, which keeps logits from drifting (PaLM, 2022).
 
@@ -175,8 +174,119 @@ class ZLoss:
 
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of logits x [B, T, V]."""
-        if jnp.ndim(x) != 3:
-            raise ValueError(f"ZLoss: expected logits [B, T, V], got {jnp.shape(x)}")
+        x = needs(x, 3, "ZLoss", "logits [B, T, V]")
         tokens = as_token_batch(batch, x, "ZLoss")
         log_z = jax.nn.logsumexp(real_values(tokens, x, "ZLoss"), axis=-1)
         return reduce_tokens(tokens, jnp.square(log_z), self.reduction), {"log_z": tokens.mean(log_z)}
+
+
+@term
+class JS:
+    """Jensen–Shannon divergence ``½KL(p‖m) + ½KL(q‖m)``, m = (p + q)/2, at most log 2 (Lin 1991).
+
+    Args:
+      reference: logits or logprobs [B, T, V], of the shape of x: a name in the batch, an array, or a
+        function of the batch. No gradient.
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``mean`` and ``max`` a token, in nats.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> x = jnp.array([[[0.0, -jnp.inf]]])
+      >>> value, _ = jr.regularizers.JS(reference=x[..., ::-1])(x, {})
+      >>> round(value.item(), 4)  # log 2: nothing in common
+      0.6931
+    """
+
+    reference: Source = "ref_logprobs"
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, REDUCTIONS, "JS", "reduction")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The divergence of x [B, T, V] from the reference."""
+        x = needs(x, 3, "JS", "whole distributions, logits or logprobs [B, T, V]")
+        tokens = as_token_batch(batch, x, "JS")
+        reference = read_like(self.reference, tokens, x.shape, "JS", "the reference")
+        log_p = log_probabilities(real_values(tokens, x, "JS"))
+        log_q = log_probabilities(reference)
+        # logaddexp has NaN for a derivative where both are -inf: there nothing is to be added.
+        some = jnp.isfinite(log_p) | jnp.isfinite(log_q)
+        middle = jnp.logaddexp(jnp.where(some, log_p, 0.0), jnp.where(some, log_q, 0.0)) - math.log(2)
+        middle = jnp.where(some, middle, -jnp.inf)
+        halves = plogp_ratio(log_p, middle) + plogp_ratio(log_q, middle)
+        divergence = jnp.sum(0.5 * halves, axis=-1)
+        metrics = {
+            "mean": tokens.mean(divergence),
+            "max": largest(tokens, divergence),
+        }
+        return reduce_tokens(tokens, divergence, self.reduction), metrics
+
+
+@term
+class ConfidencePenalty:
+    """Confidence penalty ``−H(p)`` of logits or logprobs [B, T, V] (Pereyra et al. 2017).
+
+    Args:
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``entropy``, its mean a token in nats; ``confidence``, the mean largest probability.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> round(jr.regularizers.ConfidencePenalty()(jnp.zeros((1, 1, 4)), {})[0].item(), 4)
+      -1.3863
+    """
+
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, REDUCTIONS, "ConfidencePenalty", "reduction")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The penalty of x [B, T, V]."""
+        x = needs(x, 3, "ConfidencePenalty", "whole distributions, logits or logprobs [B, T, V]")
+        tokens = as_token_batch(batch, x, "ConfidencePenalty")
+        log_p = log_probabilities(real_values(tokens, x, "ConfidencePenalty"))
+        negative = jnp.sum(plogp_ratio(log_p, jnp.zeros_like(log_p)), axis=-1)
+        metrics = {
+            "entropy": -tokens.mean(negative),
+            "confidence": tokens.mean(jnp.exp(jnp.max(log_p, axis=-1))),
+        }
+        return reduce_tokens(tokens, negative, self.reduction), metrics
+
+
+@term
+class LabelSmoothing:
+    """Cross-entropy to the uniform distribution, ``−(1/V) Σ log p`` (Szegedy et al. 2016).
+
+    With a base loss that is the cross-entropy to the targets, a weight of ε/(1 − ε) here gives label
+    smoothing by ε, up to the factor 1/(1 − ε) on the whole.
+
+    Args:
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``mean``, the mean a token in nats. A token of probability 0 makes the value +inf and gets
+    no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> round(jr.regularizers.LabelSmoothing()(jnp.zeros((1, 1, 4)), {})[0].item(), 4)
+      1.3863
+    """
+
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, REDUCTIONS, "LabelSmoothing", "reduction")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The penalty of x [B, T, V]."""
+        x = needs(x, 3, "LabelSmoothing", "whole distributions, logits or logprobs [B, T, V]")
+        tokens = as_token_batch(batch, x, "LabelSmoothing")
+        log_p = log_probabilities(real_values(tokens, x, "LabelSmoothing"))
+        finite = jnp.isfinite(log_p)
+        smoothing = jnp.mean(jnp.where(finite, -jnp.where(finite, log_p, 0.0), jnp.inf), axis=-1)
+        return reduce_tokens(tokens, smoothing, self.reduction), {"mean": tokens.mean(smoothing)}

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, largest, real_values, reduce_tokens
-from jaxreg.batch import as_token_batch
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    largest,
+    logprob_values,
+    real_values,
+    reduce_tokens,
+)
+from jaxreg._term import Source, needs, read_like, term
+from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class L1:
-    """L1 penalty ``Σ |x|`` (Tibshirani 1996), of logprobs, or of probabilities.
+    """L1 penalty ``λ Σ |x|`` (Tibshirani 1996).
 
     Args:
-      of: ``"x"``, the values themselves, or ``"probs"``, exp(x).
+      target: of what: ``"logprobs"``, x itself; ``"probs"``, exp(x); or the name of a field, where the
+        outputs are a mapping.
+      strength: λ, **1**; on top of the term's weight.
       reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
 
     Metrics: ``mean`` and ``max`` of the absolute values. The subgradient at 0 is 0.
@@ -28,29 +39,30 @@ class L1:
       3.0
     """
 
-    of: Literal["x", "probs"] = "x"
+    target: str = "logprobs"
+    strength: float = 1.0
     reduction: Reduction = "token_sum"
 
     def __post_init__(self) -> None:
-        check_choice(self.of, ("x", "probs"), "L1", "of")
-        check_choice(self.reduction, REDUCTIONS, "L1", "reduction")
+        _check(self.strength, self.reduction, "L1")
 
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [B, T] or [B, T, K]."""
-        tokens = as_token_batch(batch, x, "L1")
-        values = real_values(tokens, x, "L1")
-        size = jnp.abs(values) if self.of == "x" else jnp.exp(values)
+        tokens, values = _values(x, batch, self.target, "L1")
+        size = jnp.abs(values)
         metrics = {"mean": tokens.mean(size), "max": largest(tokens, size)}
-        return reduce_tokens(tokens, size, self.reduction), metrics
+        return self.strength * reduce_tokens(tokens, size, self.reduction), metrics
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class L2:
-    """L2 penalty ``Σ clip(x − c)²`` (Hoerl & Kennard 1970).
+    """L2 penalty ``λ Σ clip(x − c)²`` (Hoerl & Kennard 1970).
 
     Args:
-      center: None, a number, or ``"mean"``, the mean of all finite values that count.
-      clip: None, or a positive number: deviations are clipped to [−clip, clip], after centring, and
+      target: as in `L1`.
+      strength: λ, **1**; on top of the term's weight.
+      center: **None**, a number, or ``"mean"``, the mean of all finite values that count.
+      clip: **None**, or a positive number: deviations are clipped to [−clip, clip], after centring, and
         have no gradient beyond.
       reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
 
@@ -63,6 +75,8 @@ class L2:
       2.0
     """
 
+    target: str = "logprobs"
+    strength: float = 1.0
     center: float | Literal["mean"] | None = None
     clip: float | None = None
     reduction: Reduction = "token_sum"
@@ -72,12 +86,11 @@ class L2:
             check_choice(self.center, ("mean",), "L2", "center, where it is a string,")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"L2: clip is a positive number or None, got {self.clip!r}")
-        check_choice(self.reduction, REDUCTIONS, "L2", "reduction")
+        _check(self.strength, self.reduction, "L2")
 
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [B, T] or [B, T, K]."""
-        tokens = as_token_batch(batch, x, "L2")
-        values = real_values(tokens, x, "L2")
+        tokens, values = _values(x, batch, self.target, "L2")
         finite = jnp.isfinite(values)
         values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
@@ -90,4 +103,176 @@ class L2:
         limit = jnp.inf if self.clip is None else self.clip**2
         squares = jnp.where(finite, jnp.square(values), limit)
         metrics = {"rms": jnp.sqrt(tokens.mean(squares))}
-        return reduce_tokens(tokens, squares, self.reduction), metrics
+        return self.strength * reduce_tokens(tokens, squares, self.reduction), metrics
+
+
+@term
+class ElasticNet:
+    """Elastic net ``λ (α Σ |x| + (1 − α) Σ x²)`` (Zou & Hastie 2005).
+
+    Args:
+      target, strength, reduction: as in `L1`.
+      alpha: α, from 0 (all L2) to 1 (all L1), **0.5**.
+
+    Metrics: ``l1`` and ``l2``, the two means. The subgradient at 0 is 0.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> jr.regularizers.ElasticNet()(jnp.array([[-1.0, -2.0]]), {})[0].item()
+      4.0
+    """
+
+    target: str = "logprobs"
+    strength: float = 1.0
+    alpha: float = 0.5
+    reduction: Reduction = "token_sum"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"ElasticNet: alpha is within 0 … 1, got {self.alpha!r}")
+        _check(self.strength, self.reduction, "ElasticNet")
+
+    def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The penalty of x [B, T] or [B, T, K]."""
+        tokens, values = _values(x, batch, self.target, "ElasticNet")
+        size = jnp.abs(values)
+        squares = jnp.square(size)
+        both = self.alpha * size + (1 - self.alpha) * squares
+        metrics = {"l1": tokens.mean(size), "l2": tokens.mean(squares)}
+        return self.strength * reduce_tokens(tokens, both, self.reduction), metrics
+
+
+@term
+class LogRatioL2:
+    """Mean squared log-ratio to a reference, ``(lp − ref)²`` (Azar et al. 2024 regress on it).
+
+    Args:
+      reference: logprobs of the shape of x: a name in the batch, an array, or a function of the batch.
+        No gradient.
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``mean`` of lp − ref. A token with a log-ratio that is not finite is left out.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> batch = {"ref_logprobs": jnp.array([[-1.0, -2.0]])}
+      >>> jr.regularizers.LogRatioL2()(jnp.array([[-1.0, -4.0]]), batch)[0].item()
+      2.0
+    """
+
+    reference: Source = "ref_logprobs"
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, REDUCTIONS, "LogRatioL2", "reduction")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The penalty of x [B, T] or [B, T, K]."""
+        tokens = as_token_batch(batch, x, "LogRatioL2")
+        values = real_values(tokens, x, "LogRatioL2")
+        reference = read_like(self.reference, tokens, values.shape, "LogRatioL2", "the reference")
+        finite = jnp.isfinite(values) & jnp.isfinite(reference)
+        gap = jnp.where(finite, values, 0.0) - jnp.where(finite, reference, 0.0)
+        return reduce_tokens(tokens, jnp.square(gap), self.reduction), {"mean": tokens.mean(gap)}
+
+
+@term
+class Focal:
+    """Focal loss ``−α (1 − p)^γ log p`` of the target tokens' logprobs (Lin et al. 2017).
+
+    Args:
+      gamma: γ, **2**: how much sure tokens count for less.
+      alpha: α, **1**.
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and
+    gets no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> round(jr.regularizers.Focal()(jnp.log(jnp.array([[0.5]])), {})[0].item(), 4)
+      0.1733
+    """
+
+    gamma: float = 2.0
+    alpha: float = 1.0
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        if not self.gamma >= 1:
+            raise ValueError(
+                f"Focal: gamma is ≥ 1 (below, the derivative at p = 1 is infinite), got {self.gamma!r}"
+            )
+        _check(self.alpha, self.reduction, "Focal")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The loss of x [B, T]."""
+        x = needs(x, 2, "Focal", "target logprobs [B, T]")
+        tokens = as_token_batch(batch, x, "Focal")
+        logprobs = logprob_values(tokens, x, "Focal")
+        finite = jnp.isfinite(logprobs)
+        safe = jnp.where(finite, logprobs, 0.0)
+        unsure = jnp.maximum(-jnp.expm1(safe), 0.0)
+        loss = jnp.where(finite, -self.alpha * unsure**self.gamma * safe, jnp.inf)
+        return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
+
+
+@term
+class Unlikelihood:
+    """Unlikelihood ``−log(1 − p)`` of tokens that should not be said (Welleck et al. 2020).
+
+    Args:
+      candidates: which tokens are the unwanted ones, 0 or 1 (or a weight) a token, [B, T] or [B]: a name
+        in the batch, an array, or a function of the batch. **None**: every token that counts.
+      floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
+      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+
+    Metrics: ``p``, the mean probability of a candidate.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> round(jr.regularizers.Unlikelihood()(jnp.log(jnp.array([[0.5]])), {})[0].item(), 4)
+      0.6931
+    """
+
+    candidates: Source | None = None
+    floor: float = 1e-6
+    reduction: Reduction = "token_mean"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor < 1:
+            raise ValueError(f"Unlikelihood: floor is within 0 … 1, got {self.floor!r}")
+        check_choice(self.reduction, REDUCTIONS, "Unlikelihood", "reduction")
+
+    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """The loss of x [B, T], the logprobs of the tokens in question."""
+        x = needs(x, 2, "Unlikelihood", "sampled-token logprobs [B, T]")
+        tokens = as_token_batch(batch, x, "Unlikelihood")
+        if self.candidates is not None:
+            chosen = read_like(self.candidates, tokens, x.shape, "Unlikelihood", "candidates")
+            tokens = tokens.replace(weights=tokens.weights * chosen)  # type: ignore[attr-defined]
+        logprobs = logprob_values(tokens, x, "Unlikelihood")
+        loss = -jnp.log(jnp.maximum(-jnp.expm1(logprobs), self.floor))
+        return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
+
+
+def _values(x: PyTree, batch: PyTree, target: str, who: str) -> tuple[TokenBatch, Array]:
+    """The batch, and what the target names."""
+    if target not in ("logprobs", "probs"):
+        if not hasattr(x, "keys"):
+            raise TypeError(
+                f"{who}: target={target!r} names a field of the outputs, which are no mapping but "
+                f"{type(x).__name__}; 'logprobs' means x itself, 'probs' exp(x)"
+            )
+        if target not in x:
+            raise KeyError(f"{who}: the outputs have no field {target!r}; they have {sorted(x)}")
+        x = x[target]
+    tokens = as_token_batch(batch, x, who)
+    values = real_values(tokens, x, who)
+    return tokens, jnp.exp(values) if target == "probs" else values
+
+
+def _check(strength: float, reduction: str, who: str) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"{who}: strength is a finite number ≥ 0, got {strength!r}")
+    check_choice(reduction, REDUCTIONS, who, "reduction")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    logprob_values,
+    real_values,
+    reduce_tokens,
+)
+from jaxreg._term import term
 from jaxreg.batch import TokenBatch, as_token_batch
 from jaxreg.spec import Array, PyTree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@term
 class CrossEntropy:
     """Cross-entropy ``−Σ w·lp``, the loss that remote fine-tuning APIs call ``cross_entropy``.
 
@@ -52,9 +59,10 @@ class CrossEntropy:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The loss of x."""
         tokens = as_token_batch(batch, x, "CrossEntropy")
-        logprobs = real_values(tokens, x, "CrossEntropy")
         if self.inputs == "logits":
-            logprobs = self._target_logprobs(logprobs, tokens)
+            logprobs = self._target_logprobs(real_values(tokens, x, "CrossEntropy"), tokens)
+        else:
+            logprobs = logprob_values(tokens, x, "CrossEntropy")
         if logprobs.shape != tokens.weights.shape:
             raise ValueError(
                 f"CrossEntropy: logprobs have shape {logprobs.shape}, but the batch's weights have "

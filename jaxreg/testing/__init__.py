@@ -1,0 +1,6 @@
+"""Checks: that this JAX computes right on this machine, and that a term of your own keeps the contract."""
+
+from jaxreg.testing.numerics import NumericsReport as NumericsReport
+from jaxreg.testing.numerics import check_numerics as check_numerics
+from jaxreg.testing.terms import TermCheckError as TermCheckError
+from jaxreg.testing.terms import check_term as check_term
