@@ -18,7 +18,7 @@ def ragged(draw, max_rows=9, max_length=300):
     k = draw(st.integers(1, 4))
     return [
         {
-            "logprobs": rng.normal(size=n).astype(np.float32),
+            "logprobs": -np.abs(rng.normal(size=n)).astype(np.float32),
             "top": rng.normal(size=(n, k)).astype(np.float32),
             "target_tokens": rng.integers(0, 100, n),
             "weights": rng.integers(0, 2, n).astype(np.float32),

@@ -238,6 +238,7 @@ DATUM = {"logprobs": [-1.0, -2.0], "ref": [-1.0, -2.0]}
             ValueError,
             r"datum 1, 'k': has shape \(2, 4\) where datum 0 has \(2, 3\)",
         ),
+        ([{**DATUM, "ref_logprobs": [-1.0, 0.9]}], ValueError, "datum 0, 'ref_logprobs': logprobs are ≤ 0"),
         ([{"reward": 1.0}], ValueError, "datum 0 has scalars only"),
         ([{"logprobs": []}], ValueError, "datum 0 has no tokens"),
         ([{"ids": [2**40]}], ValueError, "datum 0, 'ids': holds integers outside of int32"),
@@ -313,3 +314,40 @@ def test_shapes_that_do_not_fit_a_term(term, x, batch, error, message):
     arrays = {name: jnp.zeros(shape) for name, shape in batch.items()}
     with pytest.raises(error, match=message):
         term(jnp.zeros(x), arrays)
+
+
+def test_probabilities_are_not_taken_for_logprobs():
+    x = jnp.array([[0.5, 0.9], [0.5, 0.9]])
+    batch = {"logprobs": x, "advantages": x, "ref_logprobs": x}
+    for term in (jr.losses.CrossEntropy(), jr.losses.PPO(), jr.regularizers.Focal(), jr.losses.DPO()):
+        with pytest.raises(ValueError, match="logprobs are ≤ 0, but x holds 0.9.*take their logarithm"):
+            term(x, batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jr.losses.PPO(low=1.3), "clip range"),
+        (lambda: jr.losses.CISPO(high=0.5), "clip range"),
+        (lambda: jr.losses.DRO(beta=-1.0), "beta is a finite number"),
+        (lambda: jr.losses.DPO(beta=0.0), "beta is a positive number"),
+        (lambda: jr.losses.SimPO(gamma=np.inf), "gamma is a finite number"),
+        (lambda: jr.regularizers.ElasticNet(alpha=2.0), "alpha is within"),
+        (lambda: jr.regularizers.Focal(gamma=0.5), "gamma is ≥ 1"),
+        (lambda: jr.regularizers.Orthogonality(mode="hrad"), "'soft', 'hard', 'spectral'"),
+        (lambda: jr.regularizers.Consistency(metric="mae"), "'mse', 'l1', 'cosine', 'kl'"),
+        (lambda: jr.regularizers.Length(target=0.0), "target is a positive number"),
+        (lambda: jr.regularizers.Repetition(window=0), "window is a whole number"),
+        (lambda: jr.losses.DPO()(-jnp.ones((3, 2)), {}), "their number is even; got 3 rows"),
+        (lambda: jr.losses.PPO()(-jnp.ones((2, 3, 4)), {}), r"logprobs \[B, T\], got shape \(2, 3, 4\)"),
+        (lambda: jr.regularizers.JS()(-jnp.ones((2, 3)), {}), r"\[B, T, V\], got shape \(2, 3\)"),
+        (
+            lambda: jr.regularizers.WeightL1(params="haed")({"head": jnp.ones(2)}, None),
+            "'haed' matches none of the paths:\n  head",
+        ),
+        (lambda: jr.regularizers.NuclearNorm()({"b": jnp.ones(2)}, None), r"two axes or more:\n  b: \(2,\)"),
+    ],
+)
+def test_bad_arguments_of_the_library(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
