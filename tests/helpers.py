@@ -56,3 +56,7 @@ def norm(tree):
 
 def close(got, want, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64), rtol, atol)
+
+
+def trees_close(got, want):
+    jax.tree.map(close, got, want)

@@ -2,13 +2,12 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import TERMS, close, counting, drift, l1, l2, logprobs, nll, specs, token_batch
+from helpers import TERMS, close, counting, drift, l1, l2, logprobs, nll, specs, token_batch, trees_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxreg as jr
@@ -74,7 +73,7 @@ def test_inside_jit_vmap_scan_and_checkpoint(x, batch):
     (loss, out), grads = objective.value_and_grad(x, batch)
 
     jitted = jax.jit(lambda o, x, b: o.value_and_grad(x, b))  # the objective as an argument
-    chex.assert_trees_all_close(jitted(objective, x, batch), ((loss, out), grads), rtol=1e-5, atol=1e-6)
+    trees_close(jitted(objective, x, batch), ((loss, out), grads))
 
     xs = jnp.stack([x, 2 * x])
     (losses, outs), _ = jax.vmap(lambda x: objective.value_and_grad(x, batch))(xs)
@@ -108,7 +107,7 @@ def test_sharded_over_eight_devices(rng):
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
     put = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
     got = objective.value_and_grad(put(x), put(batch))
-    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    trees_close(got, want)
     assert got[1].sharding.spec == PartitionSpec("data")
 
 
