@@ -4,9 +4,9 @@ from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers
 from jaxreg import testing as testing
 from jaxreg.batch import TokenBatch as TokenBatch
-from jaxreg.compose import CompositeLoss as CompositeLoss
 from jaxreg.compose import compose as compose
-from jaxreg.gradients import GradNorms as GradNorms
+from jaxreg.norms import GradNorms as GradNorms
+from jaxreg.objective import CompositeLoss as CompositeLoss
 from jaxreg.output import BaseLossOutput as BaseLossOutput
 from jaxreg.output import CustomLossOutput as CustomLossOutput
 from jaxreg.output import RegularizerOutput as RegularizerOutput

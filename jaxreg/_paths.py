@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
 
-from jaxreg.spec import PyTree
+from jaxreg._types import PyTree
 
-PathFilter: TypeAlias = str | tuple[str, ...] | Callable[[str], bool]
+PathFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool]
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -30,7 +30,7 @@ def select_leaves(tree: PyTree, where: PathFilter | None, who: str) -> list[bool
     """For every leaf, whether ``where`` touches it.
 
     A string is a shell pattern on the whole path (``*/kernel``) or a leading part of it (``head``
-    touches ``head/kernel``); a tuple of them touches what any of them does; a function gets the path.
+    touches ``head/kernel``); a sequence of them touches what any of them does; a function gets the path.
 
     Raises:
       ValueError: nothing matches; it lists the paths there are.

@@ -7,8 +7,9 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxreg._numbers import widened
+from jaxreg._types import Array
 from jaxreg.batch import TokenBatch
-from jaxreg.spec import Array, accumulation_dtype
 
 Reduction: TypeAlias = Literal["token_mean", "token_sum", "datum_mean"]
 REDUCTIONS = ("token_mean", "token_sum", "datum_mean")
@@ -36,7 +37,7 @@ def real_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False)
         )
     counted = batch.mask if by_mask else counts(batch)
     counted = counted.reshape(batch.shape + (1,) * (x.ndim - 2))
-    values = x.astype(accumulation_dtype(x.dtype))
+    values = widened(x)
     return jnp.where(counted, values, jnp.zeros((), values.dtype))
 
 
@@ -50,16 +51,6 @@ def largest(batch: TokenBatch, values: Array) -> Array:
     """The largest of non-negative values [B, T, ...] among the tokens that count, 0 if none does."""
     counted = counts(batch).reshape(batch.shape + (1,) * (values.ndim - 2))
     return jnp.max(jnp.where(counted, values, jnp.zeros((), values.dtype)), initial=0.0)
-
-
-def array_from(batch: TokenBatch, name: str, shape: tuple[int, ...], who: str) -> Array:
-    """An array of the batch that must have a given shape, masked and in float32."""
-    if name not in batch:
-        raise KeyError(f"{who}: the batch has no array {name!r}; it has {sorted(batch)}")
-    array = batch[name]
-    if array.shape != shape:
-        raise ValueError(f"{who}: {name!r} has shape {array.shape}, but x has {shape}")
-    return real_values(batch, array, who)
 
 
 def log_probabilities(x: Array, temperature: float = 1.0) -> Array:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._reductions import real_values
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
-from jaxreg.spec import Array, PyTree
 
 # What a term reads beside x: an array of the batch by its name, an array, or a function of the batch.
 Source: TypeAlias = str | jax.typing.ArrayLike | Callable[[Any], Any]

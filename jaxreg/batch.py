@@ -9,8 +9,9 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg._numbers import accumulation_dtype
 from jaxreg._packing import next_length, next_rows, pack_arrays
-from jaxreg.spec import Array, ArrayLike, accumulation_dtype
+from jaxreg._types import Array, ArrayLike
 
 Buckets: TypeAlias = Sequence[int] | Callable[[int], int]
 

@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import numpy as np
 
-from jaxreg.spec import BASE, TOTAL, Array, PyTree
+from jaxreg._types import Array, PyTree
+from jaxreg.spec import BASE, TOTAL
 
 
 @flax.struct.dataclass

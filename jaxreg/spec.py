@@ -21,19 +21,15 @@ import dataclasses
 import enum
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array: TypeAlias = jax.Array
-ArrayLike: TypeAlias = jax.typing.ArrayLike
-PyTree: TypeAlias = Any
-TermFn: TypeAlias = Callable[..., Any]
-Schedule: TypeAlias = Callable[[Any], Any]
-Place: TypeAlias = Literal["outputs", "params"]
+from jaxreg._numbers import widened
+from jaxreg._types import Array, ArrayLike, Place, PyTree, Schedule, TermFn
 
 NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
 OPTIONAL_ARGUMENTS = ("key", "state")
@@ -276,7 +272,7 @@ def _checked_value(value: Any, who: str, contract: str) -> Array:
         raise TypeError(
             f"{who}: a term's value is a real floating-point number, got dtype {dtype}, which has no gradient"
         )
-    return jnp.asarray(value, accumulation_dtype(dtype))
+    return widened(value)
 
 
 def _checked_metrics(metrics: Any, who: str) -> dict[str, Array]:
@@ -297,14 +293,8 @@ def _checked_metrics(metrics: Any, who: str) -> dict[str, Array]:
             raise ValueError(f"{who}: metric {name!r} is a scalar, got shape {shape}")
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"{who}: metric {name!r} is a real number, got dtype {dtype}")
-        checked[name] = jax.lax.stop_gradient(jnp.asarray(metric, accumulation_dtype(dtype)))
+        checked[name] = jax.lax.stop_gradient(widened(metric))
     return checked
-
-
-def accumulation_dtype(dtype: Any) -> Any:
-    """float32 for every narrower or non-floating dtype, float64 for float64."""
-    wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _kind(value: Any) -> str:

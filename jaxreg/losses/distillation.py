@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, plogp_ratio, reduce_tokens
 from jaxreg._term import Source, needs, read_like, term
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
-from jaxreg.spec import Array, PyTree
 
 
 @term

@@ -14,14 +14,43 @@ import jax.numpy as jnp
 
 from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, reduce_tokens
 from jaxreg._term import Source, needs, read_like, term
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
-from jaxreg.spec import Array, PyTree
 
 Result = tuple[Array, dict[str, Array]]
 
 
 @term
-class ImportanceSampling:
+class _PolicyLoss:
+    """What they all read."""
+
+    sampler: Source = "logprobs"
+    advantages: Source = "advantages"
+    reduction: Reduction = "token_sum"
+
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, REDUCTIONS, type(self).__name__, "reduction")
+
+    def _read(
+        self, x: Array, batch: PyTree, *, by_mask: bool = False
+    ) -> tuple[TokenBatch, Array, Array, Array, Array]:
+        """The batch, lp, lp − s (0 where it is not finite), where it is finite, and A.
+
+        By the mask, lp and s are of every real token, whatever its weight.
+        """
+        who = type(self).__name__
+        x = needs(x, 2, who, "sampled-token logprobs [B, T]")
+        tokens = as_token_batch(batch, x, who)
+        logprobs = logprob_values(tokens, x, who, by_mask=by_mask)
+        sampler = read_like(self.sampler, tokens, x.shape, who, "the sampler's logprobs", by_mask=by_mask)
+        advantages = read_like(self.advantages, tokens, x.shape, who, "advantages")
+        counted = jnp.isfinite(logprobs) & jnp.isfinite(sampler)
+        log_ratio = jnp.where(counted, logprobs, 0.0) - jnp.where(counted, sampler, 0.0)
+        return tokens, logprobs, log_ratio, counted, advantages
+
+
+@term
+class ImportanceSampling(_PolicyLoss):
     """Importance-weighted policy gradient ``−Σ r·A``, the remote APIs' ``importance_sampling``.
 
     Args:
@@ -38,23 +67,16 @@ class ImportanceSampling:
       2.0
     """
 
-    sampler: Source = "logprobs"
-    advantages: Source = "advantages"
-    reduction: Reduction = "token_sum"
-
-    def __post_init__(self) -> None:
-        check_choice(self.reduction, REDUCTIONS, "ImportanceSampling", "reduction")
-
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T]."""
-        tokens, _, log_ratio, counted, advantages = _read(self, x, batch, "ImportanceSampling")
+        tokens, _, log_ratio, counted, advantages = self._read(x, batch)
         ratio = jnp.exp(log_ratio)
         loss = jnp.where(counted, -ratio * advantages, 0.0)
         return reduce_tokens(tokens, loss, self.reduction), _ratio_metrics(tokens, log_ratio)
 
 
 @term
-class PPO:
+class PPO(_PolicyLoss):
     """Clipped surrogate ``−Σ min(r·A, clip(r, low, high)·A)`` (Schulman et al. 2017).
 
     Args:
@@ -75,24 +97,21 @@ class PPO:
 
     low: float = 0.8
     high: float = 1.2
-    sampler: Source = "logprobs"
-    advantages: Source = "advantages"
-    reduction: Reduction = "token_sum"
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, "PPO")
-        check_choice(self.reduction, REDUCTIONS, "PPO", "reduction")
+        super().__post_init__()
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T]."""
-        tokens, _, log_ratio, counted, advantages = _read(self, x, batch, "PPO")
+        tokens, _, log_ratio, counted, advantages = self._read(x, batch)
         loss, clipped = _clipped(jnp.exp(log_ratio), advantages, self.low, self.high)
         metrics = {"clip_fraction": tokens.mean(clipped & counted)} | _ratio_metrics(tokens, log_ratio)
         return reduce_tokens(tokens, jnp.where(counted, loss, 0.0), self.reduction), metrics
 
 
 @term
-class CISPO:
+class CISPO(_PolicyLoss):
     """Clipped importance weights ``−Σ sg(clip(r, low, high))·lp·A`` (MiniMax-M1, 2025).
 
     Unlike `PPO`, clipping never takes a token's gradient away: sg, stop-gradient, is on the weight only.
@@ -112,17 +131,14 @@ class CISPO:
 
     low: float = 0.0
     high: float = 4.0
-    sampler: Source = "logprobs"
-    advantages: Source = "advantages"
-    reduction: Reduction = "token_sum"
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, "CISPO")
-        check_choice(self.reduction, REDUCTIONS, "CISPO", "reduction")
+        super().__post_init__()
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T]."""
-        tokens, logprobs, log_ratio, counted, advantages = _read(self, x, batch, "CISPO")
+        tokens, logprobs, log_ratio, counted, advantages = self._read(x, batch)
         ratio = jnp.exp(log_ratio)
         weight = jax.lax.stop_gradient(jnp.clip(ratio, self.low, self.high))
         loss = -weight * jnp.where(counted, logprobs, 0.0) * advantages
@@ -132,7 +148,7 @@ class CISPO:
 
 
 @term
-class DRO:
+class DRO(_PolicyLoss):
     """Direct reward optimization ``−Σ (lp·A − ½β(lp − s)²)`` (Richemond et al. 2024).
 
     Args:
@@ -149,18 +165,15 @@ class DRO:
     """
 
     beta: float = 0.05
-    sampler: Source = "logprobs"
-    advantages: Source = "advantages"
-    reduction: Reduction = "token_sum"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"DRO: beta is a finite number ≥ 0, got {self.beta!r}")
-        check_choice(self.reduction, REDUCTIONS, "DRO", "reduction")
+        super().__post_init__()
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T]."""
-        tokens, logprobs, log_ratio, counted, advantages = _read(self, x, batch, "DRO")
+        tokens, logprobs, log_ratio, counted, advantages = self._read(x, batch)
         penalty = 0.5 * self.beta * jnp.square(log_ratio)
         loss = penalty - jnp.where(counted, logprobs, 0.0) * advantages
         metrics = {"penalty": tokens.mean(penalty)} | _ratio_metrics(tokens, log_ratio)
@@ -168,7 +181,7 @@ class DRO:
 
 
 @term
-class GSPO:
+class GSPO(_PolicyLoss):
     """`PPO` with one ratio a sequence, ``R = exp(mean over its tokens of lp − s)`` (Zheng et al. 2025).
 
     The mean is over the mask, not the weights: every token of the answer counts alike in R.
@@ -188,17 +201,14 @@ class GSPO:
 
     low: float = 0.8
     high: float = 1.2
-    sampler: Source = "logprobs"
-    advantages: Source = "advantages"
-    reduction: Reduction = "token_sum"
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, "GSPO")
-        check_choice(self.reduction, REDUCTIONS, "GSPO", "reduction")
+        super().__post_init__()
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T]."""
-        tokens, _, log_ratio, counted, advantages = _read(self, x, batch, "GSPO")
+        tokens, _, log_ratio, counted, advantages = self._read(x, batch, by_mask=True)
         means = tokens.datum_means(log_ratio, weights=tokens.mask & counted)
         ratio = jnp.broadcast_to(jnp.exp(means)[:, None], log_ratio.shape)
         loss, clipped = _clipped(ratio, advantages, self.low, self.high)
@@ -207,21 +217,6 @@ class GSPO:
             "ratio_mean": tokens.mean(ratio),
         }
         return reduce_tokens(tokens, jnp.where(counted, loss, 0.0), self.reduction), metrics
-
-
-def _read(
-    loss: ImportanceSampling | PPO | CISPO | DRO | GSPO, x: Array, batch: PyTree, who: str
-) -> tuple[TokenBatch, Array, Array, Array, Array]:
-    """The batch, lp, lp − s (0 where it is not finite), where it is finite, and A."""
-    x = needs(x, 2, who, "sampled-token logprobs [B, T]")
-    tokens = as_token_batch(batch, x, who)
-    by_mask = isinstance(loss, GSPO)  # its ratio is of the whole sequence, whatever the weights
-    logprobs = logprob_values(tokens, x, who, by_mask=by_mask)
-    sampler = read_like(loss.sampler, tokens, x.shape, who, "the sampler's logprobs", by_mask=by_mask)
-    advantages = read_like(loss.advantages, tokens, x.shape, who, "advantages")
-    counted = jnp.isfinite(logprobs) & jnp.isfinite(sampler)
-    log_ratio = jnp.where(counted, logprobs, 0.0) - jnp.where(counted, sampler, 0.0)
-    return tokens, logprobs, log_ratio, counted, advantages
 
 
 def _clipped(ratio: Array, advantages: Array, low: float, high: float) -> tuple[Array, Array]:

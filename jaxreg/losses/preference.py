@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from jaxreg._reductions import logprob_values
 from jaxreg._term import Source, needs, read_like, term
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
-from jaxreg.spec import Array, PyTree
 
 
 @term

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxreg._numbers import safe_root, widened
 from jaxreg._paths import PathFilter, leaf_paths, select_leaves
 from jaxreg._reductions import check_choice
 from jaxreg._term import term
-from jaxreg.regularizers.structure import MODES, gram_distance, safe_root
-from jaxreg.spec import Array, PyTree, accumulation_dtype
+from jaxreg._types import Array, PyTree
+from jaxreg.regularizers.structure import MODES, gram_distance
 
 Result = tuple[Array, dict[str, Array]]
 
@@ -289,7 +290,7 @@ def _chosen(x: PyTree, where: PathFilter | None, who: str) -> list[Array]:
     leaves = [leaf for leaf, yes in zip(jax.tree.leaves(x), chosen, strict=True) if yes]
     if not leaves:
         raise ValueError(f"{who}: x has no array in it")
-    return [_wide(leaf) for leaf in leaves]
+    return [widened(leaf) for leaf in leaves]
 
 
 def _matrices(x: PyTree, where: PathFilter | None, who: str) -> list[Array]:
@@ -325,10 +326,6 @@ def _pairs(
 
 def _total(parts: list[Array]) -> Array:
     return sum(parts[1:], start=parts[0])
-
-
-def _wide(leaf: Any) -> Array:
-    return jnp.asarray(leaf, accumulation_dtype(jnp.result_type(leaf)))
 
 
 def _unit(vector: Array) -> Array:

@@ -17,8 +17,8 @@ from jaxreg._reductions import (
     reduce_tokens,
 )
 from jaxreg._term import Source, needs, read_like, term
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
-from jaxreg.spec import Array, PyTree
 
 
 @term

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxreg._numbers import safe_root, widened
 from jaxreg._reductions import (
     REDUCTIONS,
     Reduction,
@@ -20,8 +21,8 @@ from jaxreg._reductions import (
     reduce_tokens,
 )
 from jaxreg._term import Source, needs, read, read_like, term
+from jaxreg._types import Array, PyTree
 from jaxreg.batch import as_token_batch
-from jaxreg.spec import Array, PyTree, accumulation_dtype
 
 METRICS = ("mse", "l1", "cosine", "kl")
 MODES = ("soft", "hard", "spectral")
@@ -108,7 +109,7 @@ class Orthogonality:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [N, D] or [B, T, D]."""
         if jnp.ndim(x) == 2:
-            value, largest = gram_distance(_wide(x), self.mode, self.axis)
+            value, largest = gram_distance(widened(x), self.mode, self.axis)
             return value, {"max_cosine": largest}
         x = needs(x, 3, "Orthogonality", "a matrix [N, D], or one a datum [B, T, D]")
         tokens = as_token_batch(batch, x, "Orthogonality")
@@ -288,17 +289,7 @@ def spectral_radius(symmetric: Array) -> Array:
     return jnp.sign(jax.lax.stop_gradient(value)) * value
 
 
-def safe_root(square: Array) -> Array:
-    """The square root, with derivative 0 at 0."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-
 def _cosine(a: Array, b: Array) -> Array:
     """[B] of rows [B, N]; 0 where one of them is 0."""
     lengths = safe_root(jnp.sum(a * a, axis=1)) * safe_root(jnp.sum(b * b, axis=1))
     return jnp.sum(a * b, axis=1) / jnp.maximum(lengths, 1e-8)
-
-
-def _wide(x: Array) -> Array:
-    return jnp.asarray(x, accumulation_dtype(x.dtype))
