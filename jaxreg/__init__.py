@@ -1,5 +1,6 @@
 """Compose named loss terms into one compiled JAX objective, and see what every term does."""
 
+from jaxreg import client as client
 from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers
 from jaxreg import testing as testing

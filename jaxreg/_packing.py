@@ -46,19 +46,21 @@ def pack_arrays(
     for name in datums[0]:
         column = [datum[name] for datum in datums]
         _check_alike(column, name)
-        shape = (rows,) if column[0].ndim == 0 else (rows, length, *column[0].shape[1:])
-        array = np.zeros(shape, functools.reduce(jnp.promote_types, (c.dtype for c in column)))
-        for i, values in enumerate(column):
-            if values.ndim == 0:
-                array[i] = values
-            else:
-                array[i, : sizes[i]] = values
-        arrays[name] = array
+        arrays[name] = pad(column, rows, length)
     if "mask" in arrays:
         if arrays["mask"].shape != mask.shape:
             raise ValueError("'mask' has one truth value a token: give it the shape [T]")
         mask &= arrays.pop("mask").astype(bool)
     return arrays, lengths, mask
+
+
+def pad(column: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
+    """One array a datum to [rows, length, ...], or one scalar a datum to [rows], padded with zeros."""
+    shape = (rows,) if column[0].ndim == 0 else (rows, length, *column[0].shape[1:])
+    array = np.zeros(shape, functools.reduce(jnp.promote_types, {values.dtype for values in column}))
+    for i, values in enumerate(column):
+        array[(i, slice(len(values))) if values.ndim else i] = values
+    return array
 
 
 def _read(datum: Any, i: int) -> dict[str, np.ndarray]:

@@ -73,6 +73,23 @@ class CompositeLoss:
         """
         return self._run(step.value_and_grad, x, batch, state or None, key)
 
+    def eval_shape(
+        self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
+    ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
+        """What `value_and_grad` would return, as `jax.ShapeDtypeStruct`s: nothing is computed or compiled.
+
+        Every term sees the shapes and the names, so what it refuses, it refuses here. Arguments as for
+        calling the objective.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr
+          >>> (loss, _), grads = jr.compose(lambda x, batch: jnp.sum(x)).eval_shape(jnp.ones(3))
+          >>> loss.shape, grads.shape
+          ((), (3,))
+        """
+        program = self.plan.compiled(step.value_and_grad)
+        return program.eval_shape(self.leaves, x, batch, state or None, key)
+
     def init(self) -> PyTree:
         """The first state: what schedules and stateful terms carry from step to step.
 

@@ -39,8 +39,8 @@ class Plan:
         """The terms, whole again."""
         return [part.with_arrays(held) for part, held in zip(self.parts, leaves.terms, strict=True)]
 
-    def compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """``body(plan, ...)``, compiled for this plan.
+    def compiled(self, body: Callable[..., Any]) -> Any:
+        """``body(plan, ...)``, jitted for this plan.
 
         The programs belong to the plan, so that what terms and forward close over (frozen weights, say)
         is freed with the objective: the cache of a jit at the module's level would keep it for ever.
@@ -55,7 +55,7 @@ class Plan:
         return self._programs[body]
 
     @functools.cached_property
-    def _programs(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+    def _programs(self) -> dict[Callable[..., Any], Any]:
         return {}
 
     @functools.cached_property

@@ -1,0 +1,136 @@
+"""The part of a step that happens here: pack, evaluate and differentiate, check, unpack."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxreg._packing import pad
+from jaxreg._types import Array, PyTree, TermFn
+from jaxreg.batch import TokenBatch
+from jaxreg.client.errors import NonFiniteGradient
+from jaxreg.compose import compose
+from jaxreg.norms import GradNorms
+from jaxreg.objective import CompositeLoss
+from jaxreg.output import CustomLossOutput
+from jaxreg.spec import BASE, RegularizerSpec, as_spec
+
+Regularizers = Iterable[RegularizerSpec | Mapping[str, Any]]
+
+
+class Linearized(NamedTuple):
+    """The objective at some logprobs, and d(loss)/d(logprobs), one array [T] or [T, K] a datum."""
+
+    output: CustomLossOutput
+    gradients: list[np.ndarray]
+
+
+def as_objective(
+    loss: CompositeLoss | TermFn,
+    regularizers: Regularizers | None = None,
+    track_grad_norms: bool | GradNorms | None = None,
+) -> CompositeLoss:
+    """The objective itself, or one composed of a base loss and regularizers: the same one every time."""
+    if isinstance(loss, CompositeLoss):
+        if regularizers is not None or track_grad_norms is not None:
+            raise TypeError(
+                "regularizers= and track_grad_norms= go with a base loss; this objective is composed "
+                "already, so give them to compose"
+            )
+        objective = loss
+    else:
+        specs = tuple(as_spec(spec) for spec in regularizers or ())
+        try:
+            objective = _composed(loss, specs, track_grad_norms or False)
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            objective = compose(loss, specs, track_grad_norms=track_grad_norms or False)
+    if objective.plan.model is not None:
+        raise ValueError(
+            "the objective has a forward=, but here the server runs the model: compose it without one, so "
+            "that its terms get the logprobs"
+        )
+    return objective
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | GradNorms) -> CompositeLoss:
+    return compose(loss, specs, track_grad_norms=norms)
+
+
+def dry_run(
+    objective: CompositeLoss, batch: TokenBatch, like: Sequence[np.ndarray], state: PyTree, key: Array | None
+) -> None:
+    """Let every term see the names and shapes, so that it complains before anything is sent."""
+    x = jax.ShapeDtypeStruct((*batch.shape, *like[0].shape[1:]), np.float32)
+    objective.eval_shape(x, batch, state=state, key=key)
+
+
+def linearize(
+    objective: CompositeLoss,
+    batch: TokenBatch,
+    logprobs: Sequence[np.ndarray],
+    state: PyTree,
+    key: Array | None,
+) -> Linearized:
+    """Evaluate and differentiate the objective at ragged logprobs.
+
+    Raises:
+      NonFiniteGradient: naming the terms, and the first datum and token.
+    """
+    x = pad(logprobs, *batch.shape)
+    (_, output), gradient = objective.value_and_grad(x, batch, state=state, key=key)
+    host = np.asarray(gradient)
+    gradients = batch.unpack(host)
+    if not np.isfinite(host).all():
+        what = _blame(objective, x, batch, gradients, state, key)
+        raise NonFiniteGradient(what, step="objective", gradient_applied="no")
+    return Linearized(output, gradients)
+
+
+def _blame(
+    objective: CompositeLoss,
+    x: np.ndarray,
+    batch: TokenBatch,
+    gradients: Sequence[np.ndarray],
+    state: PyTree,
+    key: Array | None,
+) -> str:
+    """Which terms' gradients are not finite, and where it begins. It compiles, but only after a failure."""
+    i = next(i for i, gradient in enumerate(gradients) if not np.isfinite(gradient).all())
+    at = np.argwhere(~np.isfinite(gradients[i]))[0].tolist()
+    guilty = []
+    for name in (BASE, *objective.names):
+        slope = jax.jit(jax.grad(_value_of(objective, name, batch, state, key)))(x)
+        if not np.isfinite(np.asarray(slope)).all():
+            guilty.append("the base loss" if name == BASE else f"term {name!r}")
+    return (
+        f"d(loss)/d(logprobs) of datum {i} at {at} is {gradients[i][tuple(at)]}; it comes from "
+        f"{' and '.join(guilty) or 'the weighted sum: the gradient of each term alone is finite'}"
+    )
+
+
+def _value_of(
+    objective: CompositeLoss, name: str, batch: TokenBatch, state: PyTree, key: Array | None
+) -> Callable[[Array], Array]:
+    def value(x: Array) -> Array:
+        _, out = objective(x, batch, state=state, key=key)
+        return out.base_loss.value if name == BASE else out.regularizers[name].value
+
+    return value
+
+
+def drift_between(
+    batch: TokenBatch, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Mean and maximum of |after − before| over the tokens that count."""
+    gap = np.abs(pad(after, *batch.shape).astype(np.float64) - pad(before, *batch.shape))
+    weights = np.asarray(batch.weights)
+    weights = weights.reshape(weights.shape + (1,) * (gap.ndim - weights.ndim))
+    counted = gap[np.broadcast_to(weights != 0, gap.shape)]
+    return (float(counted.mean()), float(counted.max())) if counted.size else (0.0, 0.0)

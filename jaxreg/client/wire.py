@@ -1,0 +1,141 @@
+"""Between the API's datums and arrays: what is read, what is sent, what must come back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxreg.client.errors import Applied, BadReply, Step
+
+TARGETS, WEIGHTS, LOGPROBS = "target_tokens", "weights", "logprobs"
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A dense array of an SDK's tensor (sparse ones too, without torch), a torch tensor, a list, ..."""
+    rows = getattr(value, "sparse_crow_indices", None)
+    if rows is not None:
+        return _dense(value, rows)
+    if callable(getattr(value, "to_numpy", None)):
+        return np.asarray(value.to_numpy())
+    if callable(getattr(value, "detach", None)):
+        return np.asarray(value.detach().cpu().numpy())
+    if hasattr(value, "data") and hasattr(value, "shape") and isinstance(value.data, list):
+        array = np.asarray(value.data)
+        return array if value.shape is None else array.reshape(value.shape)
+    return np.asarray(value)
+
+
+def _dense(value: Any, rows: Sequence[int]) -> np.ndarray:
+    numbers = np.asarray(value.data)
+    dense = np.zeros(value.shape, numbers.dtype)
+    counts = np.diff(np.asarray(rows))
+    dense[np.repeat(np.arange(len(counts)), counts), np.asarray(value.sparse_col_indices)] = numbers
+    return dense
+
+
+def inputs_of(datum: Any, i: int) -> Mapping[str, Any]:
+    """A datum's ``loss_fn_inputs``, which always have ``target_tokens``."""
+    inputs = getattr(datum, "loss_fn_inputs", None)
+    if inputs is None and isinstance(datum, Mapping):
+        inputs = datum.get("loss_fn_inputs")
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"datum {i}: expected an object with model_input and loss_fn_inputs (tinker.types.Datum, "
+            f"jaxreg.client.Datum), got {type(datum).__name__}"
+        )
+    if TARGETS not in inputs:
+        raise ValueError(
+            f"datum {i}: loss_fn_inputs has no {TARGETS!r}, the tokens whose logprobs are wanted; it has "
+            f"{sorted(inputs)}"
+        )
+    return inputs
+
+
+def read(data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Every datum's arrays for the terms: what it carries, and what is bound to it beside.
+
+    Raises:
+      TypeError, ValueError: naming the datum and the key.
+    """
+    if isinstance(data, Mapping | str) or not isinstance(data, Sequence):
+        raise TypeError(f"data is a sequence of datums, got {type(data).__name__}")
+    if not data:
+        raise ValueError("there is no data; a step takes one datum or more")
+    if side_data is not None and len(side_data) != len(data):
+        raise ValueError(f"side_data has {len(side_data)} mappings for {len(data)} datums")
+    rows = []
+    for i, datum in enumerate(data):
+        row = {name: to_numpy(value) for name, value in inputs_of(datum, i).items()}
+        for name, value in (side_data[i] if side_data else {}).items():
+            if name in row:
+                raise ValueError(f"datum {i}: {name!r} is in its loss_fn_inputs and in side_data")
+            row[name] = to_numpy(value)
+        targets = row[TARGETS]
+        if targets.dtype.kind not in "iu":
+            raise TypeError(f"datum {i}: {TARGETS!r} are token ids, whole numbers, got {targets.dtype}")
+        if targets.ndim not in (1, 2):
+            raise ValueError(f"datum {i}: {TARGETS!r} has shape {targets.shape}; expected [T] or [T, K]")
+        if WEIGHTS in row and row[WEIGHTS].shape not in (targets.shape, targets.shape[:1]):
+            raise ValueError(
+                f"datum {i}: {WEIGHTS!r} has shape {row[WEIGHTS].shape}, but {TARGETS!r} has {targets.shape}"
+            )
+        rows.append(row)
+    return rows
+
+
+def with_weights(datum: Any, weights: np.ndarray) -> Any:
+    """The datum as the server's linear cross-entropy takes it: targets and weights, nothing of ours.
+
+    Everything else of the datum (its model input, its provenance) stays as it is.
+    """
+    was = datum["loss_fn_inputs"] if isinstance(datum, Mapping) else datum.loss_fn_inputs
+    inputs = {TARGETS: was[TARGETS], WEIGHTS: np.ascontiguousarray(weights, np.float32)}
+    if isinstance(datum, Mapping):
+        return {**datum, "loss_fn_inputs": inputs}
+    if dataclasses.is_dataclass(datum) and not isinstance(datum, type):
+        return dataclasses.replace(datum, loss_fn_inputs=inputs)
+    if callable(getattr(datum, "model_copy", None)):  # pydantic, which would not convert what it copies
+        fields = {name: getattr(datum, name) for name in type(datum).model_fields}
+        return type(datum)(**{**fields, "loss_fn_inputs": inputs})
+    other = copy.copy(datum)
+    other.loss_fn_inputs = inputs
+    return other
+
+
+def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: Applied) -> list[np.ndarray]:
+    """One float32 array a datum, of its targets' shape.
+
+    Raises:
+      BadReply: the reply does not fit the data.
+    """
+
+    def bad(what: str) -> BadReply:
+        return BadReply(what, step=step, gradient_applied=applied)
+
+    outputs = getattr(reply, "loss_fn_outputs", None)
+    if not isinstance(outputs, Sequence):
+        raise bad(f"the reply has no loss_fn_outputs, but is a {type(reply).__name__}")
+    if len(outputs) != len(targets):
+        raise bad(f"the server answered with {len(outputs)} outputs for {len(targets)} datums")
+    arrays = []
+    for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        if not isinstance(output, Mapping) or LOGPROBS not in output:
+            raise bad(f"output {i} has no {LOGPROBS!r}")
+        try:
+            array = to_numpy(output[LOGPROBS]).astype(np.float32)
+        except (TypeError, ValueError) as error:
+            raise bad(f"output {i}: {LOGPROBS!r} is no array of numbers ({error})") from None
+        if array.size != target.size or (array.ndim > 1 and array.shape != target.shape):
+            raise bad(
+                f"output {i}: {LOGPROBS!r} has shape {array.shape}, but datum {i} has {TARGETS!r} of shape "
+                f"{target.shape} (a wrong length, or the outputs came in another order)"
+            )
+        if not np.isfinite(array).all():
+            at = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise bad(f"output {i}: a logprob is {array[tuple(at)]} at {at}")
+        arrays.append(array.reshape(target.shape))
+    return arrays
