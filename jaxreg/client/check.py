@@ -178,9 +178,9 @@ def _diagnose(
             f"{checks['repeated'].error:.0%} of the step."
         )
     if "doubled" in bad:
-        # A hundredth of the weights at the same rate: a hundredth of the step if it is linear
-        # there, the whole step if it divides the size away.
-        tiny = probe.step([[(i, w / 100) for i, w in both]], scale)
+        # A millionth of the weights at the same rate: next to nothing, where they come through in proportion
+        # (below what is clipped), and the whole step where their size is divided away.
+        tiny = probe.step([[(i, w / 1e6) for i, w in both]], scale)
         if np.vdot(tiny, reference) > 0.5 * np.vdot(reference, reference):
             if "two requests" not in bad and "idle datum" not in bad:
                 where = "each sequence by the sum (or mean) of its weights"
@@ -195,17 +195,17 @@ def _diagnose(
             "it clips or saturates what it is sent (small weights come through in proportion, larger ones "
             "do not): scale the loss down, or turn clipping off."
         )
+    if "two requests" in bad or "idle datum" in bad:
+        return (
+            "it averages over the datums (or tokens) of each request: gradients keep their direction within "
+            "a request, but their size depends on how many datums travel with them, and on how the SDK "
+            "splits the batch. Keep requests of one size and multiply the loss by the number of datums."
+        )
     if "negated" in bad or "zero-sum" in bad or "token by token" in bad:
         return (
             "it loses weights' signs or drops some of them (negative ones, most likely): only what raises "
             "logprobs gets through. Base losses on the data itself may train; penalties, KL terms and "
             "preference losses do not."
-        )
-    if "two requests" in bad or "idle datum" in bad or "shifted between datums" in bad:
-        return (
-            "it averages over the datums (or tokens) of each request: gradients keep their direction within "
-            "a request, but their size depends on how many datums travel with them, and on how the SDK "
-            "splits the batch. Keep requests of one size and multiply the loss by the number of datums."
         )
     return f"it is not linear in the weights: {', '.join(sorted(bad))} failed."
 
