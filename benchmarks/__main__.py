@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write results-<jax version>.md too")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("compile", help="compile time of 32 terms")
+    commands.add_parser("client", help="the client's own work a step; needs --torch-python")
     programs = commands.add_parser("programs", help="flops, bytes, memory and collectives")
     programs.add_argument("--tpu", metavar="TOPOLOGY", help="such as v5e:2x4; needs jax[tpu]")
     options = parser.parse_args()
@@ -34,8 +35,27 @@ def main() -> None:
         from benchmarks.table import machine
 
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
+    elif options.command == "client":
+        _run_client(options)
     else:
         _run_cases(options)
+
+
+def _run_client(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.run_client import run_client
+    from benchmarks.table import machine
+    from benchmarks.torch_worker import has_torch
+
+    torch_python = options.torch_python or (sys.executable if has_torch() else None)
+    if torch_python is None:
+        raise SystemExit("this Python cannot import torch; name one that can with --torch-python PYTHON")
+    section, versions = run_client(torch_python, options.quick)
+    print(f"{section}\n{machine(versions)}")
+    if options.write:
+        path = Path(__file__).parent / f"results-client-{jax.__version__}.md"
+        path.write_text(f"# The client with jax {jax.__version__}\n\n{machine(versions)}.\n\n{section}")
 
 
 def _run_cases(options: argparse.Namespace) -> None:

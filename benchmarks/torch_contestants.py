@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import torch_outputs, torch_params
+from benchmarks import torch_client, torch_outputs, torch_params
 
 Step = Callable[[], dict[str, Any]]  # -> tensors: "values", "norms", one "gradient..." a leaf
 Values = Callable[[], list[Any]]
@@ -24,6 +24,8 @@ AUTOGRAM_UNTIED = "TorchJD autogram, head untied"  # so its norms are others, an
 
 def contestants(case: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Step], dict[str, str]]:
     """Steps by name, and reasons by name for those that cannot take part."""
+    if case == "client":
+        return torch_client.steps(arrays), {}
     weights = arrays["weights"].tolist()
     has_torchjd = importlib.util.find_spec("torchjd") is not None
     if case == "outputs":

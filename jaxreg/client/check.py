@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg._arrays import to_numpy
 from jaxreg.client import wire
 from jaxreg.client.custom import LOSS, wait
 from jaxreg.client.errors import RemoteError
@@ -278,7 +279,7 @@ class _Probe:
         zeros = [np.zeros(target.shape, np.float32) for target in self._targets]
         data = [wire.with_weights(datum, weights) for datum, weights in zip(self._data, zeros, strict=True)]
         reply = self._ask("forward", "forward", data, LOSS)
-        arrays = [wire.to_numpy(output["logprobs"]) for output in reply.loss_fn_outputs]
+        arrays = [to_numpy(output["logprobs"]) for output in reply.loss_fn_outputs]
         return np.concatenate([array.astype(np.float64).ravel() for array in arrays])
 
     def _ask(self, step: Any, method: str, *arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxreg._arrays import to_numpy
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
@@ -213,7 +214,7 @@ class _Task:
         self.client, self.objective = client, objective
         self.max_drift, self.on_drift = max_drift, on_drift
         self.state, self.key = state, key
-        rows = wire.read(data)
+        self._rows = rows = wire.read(data)
         self.data = list(data)  # the caller may go on with theirs
         self.targets = [row[wire.TARGETS] for row in rows]
         self.batch = TokenBatch.pack(rows)
@@ -223,12 +224,8 @@ class _Task:
         dry_run(objective, self.batch, self.targets, state, key)
 
     def submit_forward(self) -> Any:
-        data = []
-        for datum, targets, weights in zip(
-            self.data, self.targets, self.batch.unpack(self.batch.weights), strict=True
-        ):
-            alike = weights.reshape(weights.shape + (1,) * (targets.ndim - weights.ndim))
-            data.append(wire.with_weights(datum, np.broadcast_to(alike, targets.shape)))
+        pairs = zip(self.data, self._rows, strict=True)
+        data = [wire.with_weights(datum, wire.own_weights(row)) for datum, row in pairs]
         return _submit(self.client.forward, data, "forward")
 
     def receive_forward(self, reply: Any) -> None:
@@ -276,7 +273,7 @@ def _given(logprobs: Sequence[Any], targets: Sequence[np.ndarray]) -> list[np.nd
         raise ValueError(f"logprobs= has {len(logprobs)} arrays for {len(targets)} datums")
     arrays = []
     for i, (given, target) in enumerate(zip(logprobs, targets, strict=True)):
-        array = wire.to_numpy(given).astype(np.float32)
+        array = to_numpy(given).astype(np.float32)
         if array.shape != target.shape:
             raise ValueError(
                 f"logprobs=, datum {i}: has shape {array.shape}, but {wire.TARGETS!r} has {target.shape}"

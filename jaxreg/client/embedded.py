@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxreg._arrays import to_numpy
 from jaxreg._packing import next_rows, pad
 from jaxreg._types import Array, PyTree
 from jaxreg.client import wire
@@ -214,7 +215,7 @@ class EmbeddedTrainingClient:
 def _tokens(datum: Any, row: dict[str, Any], i: int, vocabulary: int) -> np.ndarray:
     given = datum["model_input"] if isinstance(datum, dict) else datum.model_input
     given = given.to_ints() if callable(getattr(given, "to_ints", None)) else given
-    tokens = wire.to_numpy(given)
+    tokens = to_numpy(given)
     targets = row[wire.TARGETS]
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) != len(targets):
         raise ValueError(
@@ -232,9 +233,7 @@ def _tokens(datum: Any, row: dict[str, Any], i: int, vocabulary: int) -> np.ndar
 def _weights(row: dict[str, Any], i: int) -> np.ndarray:
     if wire.WEIGHTS not in row:
         raise ValueError(f"datum {i}: the cross-entropy needs {wire.WEIGHTS!r}, one a target token")
-    targets, weights = row[wire.TARGETS], row[wire.WEIGHTS]
-    alike = weights.reshape(weights.shape + (1,) * (targets.ndim - weights.ndim))
-    return np.broadcast_to(alike, targets.shape).astype(np.float32)
+    return wire.own_weights(row).astype(np.float32)
 
 
 def _float32(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from jaxreg.compose import compose
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
+from jaxreg.plan import Plan
 from jaxreg.spec import BASE, RegularizerSpec, as_spec
 
+_SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
 Regularizers = Iterable[RegularizerSpec | Mapping[str, Any]]
 
 
@@ -68,7 +71,12 @@ def dry_run(
 ) -> None:
     """Let every term see the names and shapes, so that it complains before anything is sent."""
     x = jax.ShapeDtypeStruct((*batch.shape, *like[0].shape[1:]), np.float32)
-    objective.eval_shape(x, batch, state=state, key=key)
+    arrays: dict[str, Any] = {"": x, "weights": batch.weights, **batch.arrays}
+    seen = _SEEN.setdefault(objective.plan, set())
+    signature = (state is None, key is None, *((n, a.shape, a.dtype) for n, a in arrays.items()))
+    if signature not in seen:
+        objective.eval_shape(x, batch, state=state, key=key)
+        seen.add(signature)
 
 
 def linearize(

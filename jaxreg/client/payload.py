@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxreg import _msgpack
+from jaxreg._arrays import to_numpy
 from jaxreg._msgpack import DecodeError
 from jaxreg.client import wire
 
@@ -59,7 +60,7 @@ def request(
         raise ValueError(f"{len(gradients)} gradients for {len(rows)} datums")
     items = []
     for i, (datum, row, given) in enumerate(zip(data, rows, gradients, strict=True)):
-        targets, gradient = row[wire.TARGETS], wire.to_numpy(given).astype(np.float32)
+        targets, gradient = row[wire.TARGETS], to_numpy(given).astype(np.float32)
         if gradient.shape != targets.shape:
             raise ValueError(
                 f"datum {i}: the gradient has shape {gradient.shape}, but {wire.TARGETS!r} has "
@@ -101,7 +102,7 @@ def _chunks(datum: Any, i: int) -> list[dict[str, Any]]:
     given = datum["model_input"] if isinstance(datum, Mapping) else datum.model_input
     chunks = getattr(given, "chunks", None)
     if chunks is None:
-        tokens = wire.to_numpy(given)
+        tokens = to_numpy(given)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise TypeError(f"datum {i}: model_input is a list of token ids or an SDK's ModelInput")
         return [{"type": "encoded_text", "tokens": tokens.tolist()}]

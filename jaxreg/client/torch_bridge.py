@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxreg._arrays import to_numpy
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
@@ -55,7 +56,7 @@ class CustomLoss:
 
         side = self._side_data(data) if callable(self._side_data) else self._side_data
         rows = wire.read(data, side)
-        arrays = [wire.to_numpy(values).astype(np.float32) for values in logprobs]
+        arrays = [to_numpy(values).astype(np.float32) for values in logprobs]
         _check_logprobs(arrays, [row[wire.TARGETS] for row in rows])
         key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
         done = linearize(self._objective, TokenBatch.pack(rows), arrays, self.state, key)

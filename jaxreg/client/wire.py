@@ -9,32 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg._arrays import to_numpy
 from jaxreg.client.errors import Applied, BadReply, Step
 
 TARGETS, WEIGHTS, LOGPROBS = "target_tokens", "weights", "logprobs"
-
-
-def to_numpy(value: Any) -> np.ndarray:
-    """A dense array of an SDK's tensor (sparse ones too, without torch), a torch tensor, a list, ..."""
-    rows = getattr(value, "sparse_crow_indices", None)
-    if rows is not None:
-        return _dense(value, rows)
-    if callable(getattr(value, "to_numpy", None)):
-        return np.asarray(value.to_numpy())
-    if callable(getattr(value, "detach", None)):
-        return np.asarray(value.detach().cpu().numpy())
-    if hasattr(value, "data") and hasattr(value, "shape") and isinstance(value.data, list):
-        array = np.asarray(value.data)
-        return array if value.shape is None else array.reshape(value.shape)
-    return np.asarray(value)
-
-
-def _dense(value: Any, rows: Sequence[int]) -> np.ndarray:
-    numbers = np.asarray(value.data)
-    dense = np.zeros(value.shape, numbers.dtype)
-    counts = np.diff(np.asarray(rows))
-    dense[np.repeat(np.arange(len(counts)), counts), np.asarray(value.sparse_col_indices)] = numbers
-    return dense
 
 
 def inputs_of(datum: Any, i: int) -> Mapping[str, Any]:
@@ -69,22 +47,40 @@ def read(data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = No
         raise ValueError(f"side_data has {len(side_data)} mappings for {len(data)} datums")
     rows = []
     for i, datum in enumerate(data):
-        row = {name: to_numpy(value) for name, value in inputs_of(datum, i).items()}
-        for name, value in (side_data[i] if side_data else {}).items():
-            if name in row:
-                raise ValueError(f"datum {i}: {name!r} is in its loss_fn_inputs and in side_data")
-            row[name] = to_numpy(value)
-        targets = row[TARGETS]
+        row = dict(inputs_of(datum, i))
+        side = side_data[i] if side_data else {}
+        if twice := row.keys() & side.keys():
+            raise ValueError(f"datum {i}: {sorted(twice)} are in its loss_fn_inputs and in side_data")
+        row |= side
+        targets = row[TARGETS] = _array(row[TARGETS], TARGETS, i)
         if targets.dtype.kind not in "iu":
             raise TypeError(f"datum {i}: {TARGETS!r} are token ids, whole numbers, got {targets.dtype}")
         if targets.ndim not in (1, 2):
             raise ValueError(f"datum {i}: {TARGETS!r} has shape {targets.shape}; expected [T] or [T, K]")
+        if WEIGHTS in row:
+            row[WEIGHTS] = _array(row[WEIGHTS], WEIGHTS, i)
         if WEIGHTS in row and row[WEIGHTS].shape not in (targets.shape, targets.shape[:1]):
             raise ValueError(
                 f"datum {i}: {WEIGHTS!r} has shape {row[WEIGHTS].shape}, but {TARGETS!r} has {targets.shape}"
             )
         rows.append(row)
     return rows
+
+
+def _array(value: Any, name: str, i: int) -> np.ndarray:
+    try:
+        return to_numpy(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"datum {i}, {name!r}: not an array of numbers ({error})") from None
+
+
+def own_weights(row: Mapping[str, Any]) -> np.ndarray:
+    """The datum's own weights, of its targets' shape, for a forward request; zeros where it has none."""
+    shape = row[TARGETS].shape
+    weights = row.get(WEIGHTS)
+    if weights is None:
+        return np.zeros(shape, np.float32)
+    return weights if weights.shape == shape else np.repeat(weights[:, None], shape[1], axis=1)
 
 
 def with_weights(datum: Any, weights: np.ndarray) -> Any:

@@ -1,0 +1,33 @@
+"""From whatever holds numbers to NumPy, without importing what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A dense array of an SDK's tensor (sparse ones too, without torch), a torch tensor, a list, ..."""
+    if type(value) is np.ndarray:
+        return value
+    rows = getattr(value, "sparse_crow_indices", None)
+    if rows is not None:
+        return _dense(value, rows)
+    if callable(getattr(value, "to_numpy", None)):
+        return np.asarray(value.to_numpy())
+    if callable(getattr(value, "detach", None)):
+        return np.asarray(value.detach().cpu().numpy())
+    if hasattr(value, "data") and hasattr(value, "shape") and isinstance(value.data, list):
+        array = np.asarray(value.data)
+        return array if value.shape is None else array.reshape(value.shape)
+    return np.asarray(value)
+
+
+def _dense(value: Any, rows: Sequence[int]) -> np.ndarray:
+    numbers = np.asarray(value.data)
+    dense = np.zeros(value.shape, numbers.dtype)
+    counts = np.diff(np.asarray(rows))
+    dense[np.repeat(np.arange(len(counts)), counts), np.asarray(value.sparse_col_indices)] = numbers
+    return dense
