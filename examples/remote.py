@@ -54,6 +54,12 @@ def options(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--base-url", help="of a server of the Tinker API; without it, an embedded trainer")
     parser.add_argument("--model", default="Qwen/Qwen3-8B", help="the server's base model")
+    parser.add_argument(
+        "--tokenizer", help="'bytes', or a path or name for transformers; by default what the SDK finds"
+    )
+    parser.add_argument(
+        "--unroll-top-k", action="store_true", help="for servers that know one target a token, as TuFT does"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--check", action="store_true", help="first measure whether the server is linear")
@@ -64,22 +70,18 @@ def connect(chosen: argparse.Namespace) -> Remote:
     """The embedded trainer, whose tokens are bytes, or a LoRA training client of a server."""
     if not chosen.base_url:
         client = jr.client.EmbeddedTrainingClient(vocabulary=256)
-        remote = Remote(client, jr.client.Datum, lambda text: list(text.encode()), jr.client.AdamParams)
+        remote = Remote(client, jr.client.Datum, _encoder("bytes", client), jr.client.AdamParams)
     else:
         import tinker
 
         service = tinker.ServiceClient(base_url=chosen.base_url)
         client = service.create_lora_training_client(base_model=chosen.model, rank=16)
-        tokenizer = client.get_tokenizer()
 
         def datum(tokens: Sequence[int], inputs: dict[str, Any]) -> Any:
             model_input = tinker.ModelInput.from_ints(list(tokens))
             return tinker.Datum(model_input=model_input, loss_fn_inputs=inputs)
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
-
-        remote = Remote(client, datum, encode, tinker.AdamParams)
+        remote = Remote(client, datum, _encoder(chosen.tokenizer, client), tinker.AdamParams)
     if chosen.check:
         print(jr.client.check_backend(remote.client))
     return remote
@@ -101,7 +103,13 @@ def train(
     settings = remote.adam(learning_rate=chosen.learning_rate)
     state, results = objective.init(), []
     for i in range(chosen.steps):
-        step = jr.client.forward_backward_custom(remote.client, data, objective, state=state)
+        step = jr.client.forward_backward_custom(
+            remote.client,
+            data,
+            objective,
+            state=state,
+            top_k="unrolled" if chosen.unroll_top_k else "native",
+        )
         update = remote.client.optim_step(settings)
         result = step.result()
         update.result()
@@ -113,10 +121,21 @@ def train(
                 for name, term in result.output.regularizers.items()
             )
             out = result.output
-            print(
-                f"step {i:3d}  loss {out.loss_total:8.3f}  base {out.base_loss.value:8.3f}  {terms}".rstrip()
-            )
+            base = f"base {out.base_loss.value:8.3f}"
+            print(f"step {i:3d}  loss {out.loss_total:8.3f}  {base}  {terms}".rstrip())
     return results
+
+
+def _encoder(name: str | None, client: Any) -> Callable[[str], list[int]]:
+    if name == "bytes":
+        return lambda text: list(text.encode())
+    if name is None:
+        tokenizer = client.get_tokenizer()
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -18,7 +18,8 @@ def to_numpy(value: Any) -> np.ndarray:
     if callable(getattr(value, "to_numpy", None)):
         return np.asarray(value.to_numpy())
     if callable(getattr(value, "detach", None)):
-        return np.asarray(value.detach().cpu().numpy())
+        tensor = value.detach().cpu()  # torch's; NumPy has no bfloat16
+        return np.asarray((tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy())
     if hasattr(value, "data") and hasattr(value, "shape") and isinstance(value.data, list):
         array = np.asarray(value.data)
         return array if value.shape is None else array.reshape(value.shape)

@@ -8,7 +8,7 @@ never executes anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgpack
@@ -23,6 +23,7 @@ MAX_BYTES = 1 << 30
 MAX_DEPTH = 32
 MAX_NDIM = 8
 MAX_ITEMS = 1 << 16  # of a list or dict: msgpack makes room for as many as a list's header claims
+MAX_ITEMS_IN_ALL = 1 << 20  # A list of a byte takes 60 or more.
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -33,6 +34,7 @@ class DecodeError(ValueError):
 def encode(tree: Any) -> bytes:
     """A tree of dicts (with string keys), lists, plain values and arrays as bytes."""
     _check(tree, DTYPES, MAX_DEPTH)
+    _Count(ValueError).of(tree)
     return msgpack.packb(tree, default=_encode_array, use_bin_type=True, strict_types=True)
 
 
@@ -55,6 +57,8 @@ def decode(
     if size > max_bytes:
         raise DecodeError(f"{size} bytes are more than the {max_bytes} that are allowed (max_bytes=)")
 
+    count = _Count(DecodeError)
+
     def array(code: int, raw: bytes) -> np.ndarray:
         if code != ARRAY:
             raise DecodeError(f"unknown extension type {code}")
@@ -64,6 +68,8 @@ def decode(
         tree = msgpack.unpackb(
             data,
             ext_hook=array,
+            list_hook=count.list,
+            object_pairs_hook=count.dict,
             raw=False,
             strict_map_key=True,
             max_str_len=size,
@@ -87,6 +93,32 @@ def decode(
     except (TypeError, ValueError) as error:
         raise DecodeError(str(error)) from None
     return tree
+
+
+class _Count:
+    """Lists and dicts so far, and what is in them; too many are an error."""
+
+    def __init__(self, error: type[ValueError]) -> None:
+        self._items, self._error = 0, error
+
+    def list(self, items: list[Any]) -> list[Any]:
+        self._add(len(items))
+        return items
+
+    def dict(self, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+        self._add(len(pairs))
+        return dict(pairs)
+
+    def of(self, tree: Any) -> None:
+        if type(tree) in (dict, list):
+            self._add(len(tree))
+            for item in tree.values() if type(tree) is dict else tree:
+                self.of(item)
+
+    def _add(self, items: int) -> None:
+        self._items += 1 + items
+        if self._items > MAX_ITEMS_IN_ALL:
+            raise self._error(f"more than {MAX_ITEMS_IN_ALL} items; make arrays of numbers")
 
 
 def _encode_array(value: Any) -> msgpack.ExtType:

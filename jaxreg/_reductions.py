@@ -58,9 +58,14 @@ def log_probabilities(x: Array, temperature: float = 1.0) -> Array:
     return jax.nn.log_softmax(x / temperature, axis=-1)
 
 
+def not_infinite(values: Array) -> Array:
+    """Where a log-probability is not −∞. NaN is not left out: it has to reach the loss and be seen."""
+    return ~jnp.isinf(values)
+
+
 def plogp_ratio(log_p: Array, log_q: Array) -> Array:
     """p·(log p − log q), 0 where p = 0, +∞ (with gradient 0) where only q = 0."""
-    finite = jnp.isfinite(log_p) & jnp.isfinite(log_q)
+    finite = not_infinite(log_p) & not_infinite(log_q)
     safe_p, safe_q = jnp.where(finite, log_p, 0.0), jnp.where(finite, log_q, 0.0)
     limit = jnp.where(jnp.isneginf(log_p), 0.0, jnp.inf)
     return jnp.where(finite, jnp.exp(safe_p) * (safe_p - safe_q), limit)

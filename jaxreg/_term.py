@@ -84,15 +84,28 @@ def read(source: Source, batch: TokenBatch, who: str, what: str) -> Array:
         array: Any = batch[source]
     else:
         array = source(batch) if callable(source) else source
-    return jax.lax.stop_gradient(jnp.asarray(array))
+    try:
+        return jax.lax.stop_gradient(jnp.asarray(array))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{who}: {what} is a name in the batch, an array, or a function of the batch that gives an "
+            f"array; got {type(array).__name__}"
+        ) from None
 
 
 def read_like(
-    source: Source, batch: TokenBatch, shape: tuple[int, ...], who: str, what: str, *, by_mask: bool = False
+    source: Source,
+    batch: TokenBatch,
+    shape: tuple[int, ...],
+    who: str,
+    what: str,
+    *,
+    by_mask: bool = False,
+    per_datum: bool = False,
 ) -> Array:
-    """`read`, of a given shape ([B] stands for every token of its datum), masked and in float32."""
+    """`read`, of a given shape, masked and in float32; per_datum, [B] stands for every token of its datum."""
     array = read(source, batch, who, what)
-    if array.shape == shape[:1]:
+    if per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")

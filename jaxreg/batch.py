@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -267,8 +268,11 @@ def _bucket(buckets: Buckets, what: str) -> Callable[[int], int]:
     return next_size
 
 
-def as_token_batch(batch: Any, like: Array, who: str) -> TokenBatch:
+def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
     """The batch itself, or one made of a plain mapping, whose tokens then are all real."""
+    if not isinstance(like, jax.Array | np.ndarray):
+        fields = f" with the fields {sorted(map(str, like))}" if isinstance(like, Mapping) else ""
+        raise TypeError(f"{who}: expected an array [B, T, ...], got {type(like).__name__}{fields}")
     if isinstance(batch, TokenBatch):
         return batch
     if batch is None or isinstance(batch, Mapping):

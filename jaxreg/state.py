@@ -12,7 +12,9 @@ from jaxreg._types import Array, PyTree
 from jaxreg.plan import Leaves, Plan, who
 from jaxreg.spec import requested_arguments
 
-REMEDY = "pass state=objective.init() first and state=out.state from then on"
+REMEDY = (
+    "pass state=objective.init() first and state=out.state from then on (objective is what compose returns)"
+)
 
 
 def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:

@@ -106,6 +106,23 @@ def test_top_k_targets(embedded):
     assert after.output.loss_total < result.output.loss_total
 
 
+def test_top_k_targets_one_datum_a_slot_are_the_same_step(embedded):
+    data = make_data(k=3)
+    loss = jr.losses.KLTopK(reference="ref_logprobs")
+    start = embedded.save_state("k").result().path
+    weights = []
+    for top_k in ("native", "unrolled"):
+        embedded.load_state_with_optimizer(start).result()
+        client = Recorder(embedded)
+        result = jr.client.forward_backward_custom(client, data, loss, top_k=top_k).result()
+        assert result.logprobs[1].shape == (9, 3)
+        assert len(client.sent("forward_backward")[0]) == (4 if top_k == "native" else 12)
+        embedded.optim_step(jr.client.AdamParams(learning_rate=1e-2, eps=1e-3)).result()
+        weights.append(embedded.params)
+    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+        close(a, b, rtol=1e-4, atol=1e-5)  # of steps of 1e-2
+
+
 def test_a_base_loss_with_regularizers_is_composed_once(embedded):
     from jaxreg.client.local import as_objective
 
@@ -313,6 +330,28 @@ def test_cancelled_before_the_backward_nothing_is_sent(embedded):
     assert jr.client.forward_backward_custom(client, make_data(), sft()).result().output.loss_total > 0
 
 
+def test_cancelling_does_not_wait_for_a_request_that_is_being_handed_over():
+    class SlowToSend(Scripted):
+        def forward_backward(self, data, loss_fn):
+            time.sleep(1.0)
+            return super().forward_backward(data, loss_fn)
+
+    async def main():
+        step = jr.client.forward_backward_custom_async(SlowToSend(), make_data(), sft())
+        task = asyncio.create_task(step)
+        await asyncio.sleep(0.5)
+        start = time.perf_counter()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        return time.perf_counter() - start, caught.value
+
+    jr.client.forward_backward_custom(Scripted(), make_data(), sft()).result()  # compiled
+    waited, error = asyncio.run(main())
+    assert waited < 0.4
+    assert "may be applied" in error.__notes__[0]
+
+
 # Data that is wrong sends nothing.
 
 
@@ -350,6 +389,53 @@ def test_bad_data_is_named_and_nothing_is_sent(message):
     with pytest.raises(error, match=message):
         jr.client.forward_backward_custom(client, make(make_data()), sft())
     assert not client.requests
+
+
+def test_pairs_come_in_twos_and_nothing_else_is_sent():
+    client = Scripted()
+    with pytest.raises(ValueError, match=r"base loss: DPO takes datums in groups of 2 .* got 3 datums"):
+        jr.client.forward_backward_custom(client, make_data()[:3], jr.losses.DPO())
+    assert not client.requests
+
+
+def test_a_term_may_leave_what_it_likes_in_the_padding():
+    def root(x, batch):
+        return batch.mean(jnp.sqrt(-x))  # at the padding's 0 its slope is infinite, and 0 · ∞ is NaN
+
+    client = Scripted()
+    regularizers = [dict(name="root", fn=root, weight=0.1)]
+    jr.client.forward_backward_custom(
+        client, make_data(), jr.losses.CrossEntropy(), regularizers=regularizers
+    )
+    for datum in client.requests[-1][1]:
+        assert np.isfinite(datum.loss_fn_inputs["weights"]).all()
+
+
+def test_what_a_term_holds_is_looked_at_before_anything_is_sent():
+    def requests_of(reference):
+        client = Scripted()
+        kl = dict(name="kl", fn=jr.regularizers.KL(reference=reference), weight=0.1)
+        try:
+            jr.client.forward_backward_custom(
+                client, make_data(), jr.losses.CrossEntropy(), regularizers=[kl]
+            )
+        finally:
+            sent.append([name for name, _ in client.requests])
+
+    sent = []
+    requests_of(-jnp.ones((4, 128)))
+    with pytest.raises(ValueError, match=r"\(4, 64\), but x has \(4, 128\)"):
+        requests_of(-jnp.ones((4, 64)))
+    assert sent == [["forward", "forward_backward"], []]
+
+
+def test_coroutine_methods_are_refused():
+    class Coroutines(Scripted):
+        async def forward(self, data, loss_fn):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="forward is a coroutine function"):
+        jr.client.forward_backward_custom(Coroutines(), make_data(), sft())
 
 
 def test_an_objective_with_a_model_of_its_own_is_refused():

@@ -102,7 +102,7 @@ def test_a_request_that_cannot_even_be_made():
 
     with pytest.raises(jr.client.RequestFailed, match="No data provided") as caught:
         step(Broken())
-    assert caught.value.gradient_applied == "no"
+    assert caught.value.gradient_applied == "maybe"  # it may have failed at reading an answer
 
 
 class Silent:

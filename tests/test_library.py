@@ -158,6 +158,24 @@ def test_minus_infinity_never_makes_a_nan(name, where):
     assert not any(np.isnan(m) for m in metrics.values())
 
 
+@pytest.mark.parametrize("where", ["x", "reference"])
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_nan_is_never_hidden(name, where):
+    """A model that has diverged must not report a clean loss."""
+    case, term, x, batch = prepared(name, "token_mean", np.float32)
+    if where == "x":
+        x = jnp.full_like(x, jnp.nan)
+    else:
+        fields = [getattr(term, f, None) for f in ("reference", "sampler")]
+        names = [field for field in fields if isinstance(field, str)]
+        if not names:
+            pytest.skip("it reads no reference")
+        arrays = {n: jnp.full_like(batch.arrays[n], jnp.nan) for n in names}
+        batch = batch.replace(arrays=batch.arrays | arrays)
+    value, _ = term(x, batch)
+    assert np.isnan(value)
+
+
 def test_every_term_is_in_the_contract():
     def public(module):
         return {n for n, c in vars(module).items() if inspect.isclass(c) and not n.startswith("_")}

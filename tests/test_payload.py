@@ -80,6 +80,10 @@ def nested(depth):
     return tree
 
 
+def inside(value):
+    return {"forward_backward_input": {"x": value}}
+
+
 HOSTILE = {
     "nested deeper": msgpack.packb(nested(40)),
     "no message of jaxreg's: .*": b"\x81" * 3000,  # nesting without an end
@@ -91,8 +95,11 @@ HOSTILE = {
     "broken header": msgpack.packb({"a": msgpack.ExtType(1, b"\x09\0abc")}),
     "without a header": msgpack.packb({"a": msgpack.ExtType(1, b"")}),
     "a request is a dict": msgpack.packb([1, 2]),
-    "not finite": msgpack.packb({"a": array_bytes(raw=np.float32([np.nan, 1]).tobytes())}),
-    "token ids": msgpack.packb({"tokens": array_bytes()}),
+    "tensor with .* not finite": msgpack.packb(inside(array_bytes(raw=np.float32([np.nan, 1]).tobytes()))),
+    "a number that is not finite": msgpack.packb(inside(float("inf"))),
+    "more than 1048576 items": msgpack.packb({"a": [[{}] * 60000] * 20}),
+    "with 'forward_backward_input'": msgpack.packb({}),
+    "token ids": msgpack.packb({"forward_backward_input": {"tokens": array_bytes()}}),
     "Timestamp": msgpack.packb({"a": msgpack.Timestamp(1)}),
     "type bytes|exceeds": msgpack.packb({"a": b"raw"}),
 }
@@ -123,7 +130,7 @@ def test_a_header_that_promises_much_takes_no_memory():
 
 
 def test_size_is_bounded():
-    body = payload.encode({"a": 1})
+    body = payload.encode({"forward_backward_input": {}})
     with pytest.raises(payload.DecodeError, match="max_bytes"):
         payload.decode(body, max_bytes=2)
     with pytest.raises(TypeError, match="takes bytes"):
@@ -142,9 +149,13 @@ def test_what_cannot_be_sent_is_named():
     with pytest.raises(TypeError, match="datum 0: model_input"):
         payload.request([jr.client.Datum("text", data[0].loss_fn_inputs)], good[:1], model_id="m")
     with pytest.raises(ValueError, match="does not hold"):
-        payload.encode({"x": {"data": [0.1], "dtype": "float32", "shape": [1]}})
+        payload.encode(inside({"data": [0.1], "dtype": "float32", "shape": [1]}))
     with pytest.raises(TypeError, match="value of type set"):
-        payload.encode({"x": {1}})
+        payload.encode(inside({1}))
+    with pytest.raises(ValueError, match="is nan, which JSON does not have"):
+        payload.encode(inside(float("nan")))
+    with pytest.raises(ValueError, match="a request is a dict with 'forward_backward_input'"):
+        payload.encode({"a": 1})
 
 
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text()

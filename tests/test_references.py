@@ -63,9 +63,10 @@ def test_an_array_is_an_argument_of_the_program_and_gets_no_gradient(name, field
     one, two = objective(array), objective(0.5 * array[..., ::-1])
     assert one.plan is two.plan
     (value_one, _), _ = one.value_and_grad(x, batch)
+    programs = one.plan.compiled(step.value_and_grad)._cache_size()
     (value_two, _), _ = two.value_and_grad(x, batch)
     assert value_one != value_two
-    assert one.plan.compiled(step.value_and_grad)._cache_size() == 1
+    assert one.plan.compiled(step.value_and_grad)._cache_size() == programs
     slope = jax.grad(lambda values: dataclasses.replace(by_array, **{field: values})(x, batch)[0])(array)
     assert not np.asarray(slope).any()
 
@@ -77,3 +78,26 @@ def test_an_array_of_another_shape_is_refused_with_both_shapes(name, field, key)
     wrong = dataclasses.replace(by_array, **{field: jnp.zeros((2, 2))})
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(6, 5"):
         wrong(x, batch)
+
+
+@pytest.mark.parametrize(("name", "field", "key"), FIELDS)
+def test_one_number_a_datum_stands_for_its_tokens_in_advantages_only(name, field, key):
+    _, _, x, batch = prepared(name, "token_mean", np.float32)
+    by_name, _, _ = variants(name, field, key)
+    sums = dataclasses.replace(by_name, **{field: -jnp.ones(6)})  # such as a reference's sequence sums
+    if field == "advantages":
+        value, _ = sums(x, batch)
+        close(value, dataclasses.replace(by_name, **{field: -jnp.ones((6, 5))})(x, batch)[0])
+        return
+    with pytest.raises(ValueError, match=r"has shape \(6,\), but x has"):
+        sums(x, batch)
+
+
+def test_what_is_no_reference_and_no_array_is_named():
+    x, batch = jnp.zeros((2, 2)), jr.TokenBatch.from_arrays(mask=jnp.ones((2, 2)))
+    with pytest.raises(TypeError, match="KL: the reference is a name .* got NoneType"):
+        jr.regularizers.KL(reference=lambda batch: None)(x, batch)
+    with pytest.raises(TypeError, match=r"L1: expected an array .* got dict with the fields \['logprobs'\]"):
+        jr.regularizers.L1()({"logprobs": x}, batch)
+    with pytest.raises(TypeError, match="KL: expected an array .* got list"):
+        jr.regularizers.KL()([[0.0]], batch)

@@ -11,24 +11,31 @@ import numpy as np
 
 from jaxreg._arrays import to_numpy
 from jaxreg.client import wire
-from jaxreg.client.custom import LOSS, wait
-from jaxreg.client.errors import RemoteError
+from jaxreg.client.errors import Applied, RemoteError, Step
+from jaxreg.client.requests import LOSS, submit, wait
 from jaxreg.client.types import AdamParams, Datum
 
 # Where epsilon is far above every gradient an Adam step is learning_rate/epsilon · gradient.
-EPSILON = 1e6
+EPSILON = 1e9
 MOVE = 0.05  # nats that the reference step is to move the logprobs by, at most: far above rounding
+SMALL, LARGE = 1e-7, 1e3  # a token mean over a large batch has gradients of 1e-7, a sum over it of 1e3
+NOISIEST = 0.1  # A tolerance above it would not tell one server from another.
 
 Request = Sequence[tuple[int, np.ndarray]]  # which probe datum, with which weights
 WHAT = {
     "repeated": "the same step twice moves the model alike",
+    "direction": "a positive weight makes its tokens likelier",
     "doubled": "twice the weights at half the learning rate are the same step",
-    "negated": "2·w and −w of the same datum together are w",
-    "token by token": "two sets of weights for one datum add up, zero sums and negative ones too",
+    "small": f"weights of {SMALL:g} at {1 / SMALL:g} times the learning rate are, too",
+    "large": f"and weights of {LARGE:g} at {1 / LARGE:g} times",
+    "token by token": "two sets of weights for one datum add up, of either sign, and of sum 0",
     "shifted between datums": "weight that is moved from one datum to another adds up",
     "zero-sum": "weights that cancel do not move the model",
     "two requests": "one datum a request, accumulated, is both datums in one",
+    "negative request": "a request whose weights are all negative takes back as much as it should",
+    "zero-sum request": "a request whose weights sum to 0 counts as any other",
     "idle datum": "a datum without any weight changes nothing",
+    "evenly": "every token of every datum counts by its own weight, and by nothing else",
 }
 
 
@@ -128,16 +135,26 @@ def check_backend(
     probe = _Probe(client, _probes(client, data), adam_params or _settings_of(client), timeout)
     probe.save()
     try:
-        return _measure(probe, tolerance, np.random.default_rng(seed))
-    finally:
-        probe.restore()
+        probe.begin()
+        report = _measure(probe, tolerance, np.random.default_rng(seed))
+    except Exception as error:
+        try:
+            probe.restore()
+        except RemoteError as second:
+            error.add_note(
+                f"The model was not restored, either: {second}. Its state is saved as {probe.path!r}."
+            )
+        raise
+    probe.restore()
+    return report
 
 
 def _measure(probe: _Probe, tolerance: float, rng: np.random.Generator) -> BackendReport:
     a, b = (rng.uniform(0.5, 1.5, shape).astype(np.float32) for shape in probe.shapes)
     mixed, other = (rng.normal(size=shape).astype(np.float32) for shape in probe.shapes)
     mixed, other = mixed - mixed.mean(), other - other.mean()  # of both signs, and of sum 0
-    both = [(0, a), (1, b)]
+    both: Request = [(0, a), (1, b)]
+    rest: Request = [(0, a - mixed), (1, b - other)]
     scale, reference = probe.calibrate([both])
     size = float(np.linalg.norm(reference))
 
@@ -145,26 +162,55 @@ def _measure(probe: _Probe, tolerance: float, rng: np.random.Generator) -> Backe
         gap = float(np.linalg.norm(probe.step(steps, scale * scaled) - expected)) / size
         return gap if np.isfinite(gap) else float("inf")
 
+    def times(factor: float) -> Request:
+        return [(i, np.float32(factor) * weights) for i, weights in both]
+
     noise = error([both])
-    allowed = max(tolerance, 3 * noise)
     in_pieces = probe.step([[(0, 2 * a)], [(1, 0.5 * b)]], scale)
+    towards = float(np.vdot(_flat(both), reference))
     errors = {
         "repeated": noise,
-        "doubled": error([[(0, 2 * a), (1, 2 * b)]], 0.5),
-        "negated": error([[(0, 2 * a), (0, -a), (1, 2 * b), (1, -b)]]),
-        "token by token": error([[(0, a - mixed), (0, mixed), (1, b - other), (1, other)]]),
+        "direction": 0.0 if towards > 0 else 2.0,
+        "doubled": error([times(2)], 0.5),
+        "small": error([times(SMALL)], 1 / SMALL),
+        "large": error([times(LARGE)], 1 / LARGE),
+        "token by token": error([[*rest, (0, mixed), (1, other)]]),
         "shifted between datums": error([[(0, 2 * a), (1, 0.5 * b)]], expected=in_pieces),
-        "zero-sum": error([[(0, a), (0, -a), (1, b), (1, -b)]], expected=np.zeros_like(reference)),
-        "two requests": error([[(0, a)], [(1, b)]]),
-        "idle datum": error([[(0, a), (1, b), (0, np.zeros_like(a))]]),
+        "zero-sum": error([[*both, *times(-1)]], expected=np.zeros_like(reference)),
+        "two requests": error([both[:1], both[1:]]),
+        "negative request": error([times(-1), times(2)]),
+        "zero-sum request": error([rest, [(0, mixed), (1, other)]]),
+        "idle datum": error([[*both, (0, np.zeros_like(a))]]),
+        "evenly": _asymmetry(probe, scale, both, reference, rng),
     }
+    allowed = min(max(tolerance, 3 * noise), NOISIEST)
     checks = {n: Check(n, e <= allowed, e, WHAT[n]) for n, e in errors.items()}
-    checks["repeated"] = dataclasses.replace(checks["repeated"], ok=noise <= 0.1)
     ok = all(check.ok for check in checks.values())
     diagnosis = _diagnose(checks, probe, scale, reference, both)
     return BackendReport(
         ok, checks, allowed, float(np.abs(reference).max()), diagnosis, probe.requests, probe.not_undone
     )
+
+
+def _asymmetry(
+    probe: _Probe, scale: float, both: Request, reference: np.ndarray, rng: np.random.Generator
+) -> float:
+    """How much more weights u move what v looks at than the other way round.
+
+    A small gradient step moves the logprobs by K·u with one matrix K = J Jᵀ, which is symmetric: u·K·v is
+    v·K·u. A server that applies K·D·u, with a factor of its own a token or a sequence, is not, unless D is
+    the same for all.
+    """
+    lean: list[tuple[int, np.ndarray]] = []
+    for i, shape in enumerate(probe.shapes):
+        weights = rng.normal(size=shape).astype(np.float32)
+        weights[[0, -1]] *= 4.0  # where an offset by one would show
+        lean.append((i, weights * np.float32(3.0 if i else 1.0)))
+    u, v = _flat(both), _flat(lean)
+    by_u = 0.5 * (reference - probe.step([[(i, -w) for i, w in both]], scale))  # without the curvature
+    by_v = 0.5 * (probe.step([lean], scale) - probe.step([[(i, -w) for i, w in lean]], scale))
+    gap = abs(np.vdot(u, by_v) - np.vdot(v, by_u)) / np.sqrt(abs(np.vdot(u, by_u) * np.vdot(v, by_v)) + 1e-30)
+    return float(gap) if np.isfinite(gap) else float("inf")
 
 
 def _diagnose(
@@ -176,11 +222,16 @@ def _diagnose(
     if "repeated" in bad:
         return (
             "the server does not repeat itself, so nothing can be told: the same step twice differs by "
-            f"{checks['repeated'].error:.0%} of the step."
+            f"{checks['repeated'].error:.0%} of the step. (Does load_state begin with a fresh optimizer?)"
+        )
+    if "direction" in bad:
+        return (
+            "it climbs where it should descend: a positive weight makes its tokens less likely. Every "
+            "objective would be trained backwards."
         )
     if "doubled" in bad:
-        # A millionth of the weights at the same rate: next to nothing, where they come through in proportion
-        # (below what is clipped), and the whole step where their size is divided away.
+        # A millionth of the weights at the same rate: next to nothing, where they come through
+        # in proportion (below what is clipped), and the whole step where their size is divided away.
         tiny = probe.step([[(i, w / 1e6) for i, w in both]], scale)
         if np.vdot(tiny, reference) > 0.5 * np.vdot(reference, reference):
             if "two requests" not in bad and "idle datum" not in bad:
@@ -188,9 +239,10 @@ def _diagnose(
             else:
                 where = "each request by the sum of its weights"
             return (
-                f"it divides {where}: a gradient's size is lost, and where weights sum to nearly 0, as a "
-                f"zero-mean gradient's do, the result is arbitrary. Regularizers' weights have no effect, "
-                f"and penalties on differences go wrong. Do not use composed objectives with it."
+                f"it divides {where}, or its optimizer divides by the gradient's size whatever its epsilon: "
+                f"a gradient's size is lost, and where weights sum to nearly 0, as a zero-mean gradient's "
+                f"do, the result is arbitrary. Regularizers' weights have no effect, and penalties on "
+                f"differences go wrong. Do not use composed objectives with it."
             )
         return (
             "it clips or saturates what it is sent (small weights come through in proportion, larger ones "
@@ -202,11 +254,24 @@ def _diagnose(
             "a request, but their size depends on how many datums travel with them, and on how the SDK "
             "splits the batch. Keep requests of one size and multiply the loss by the number of datums."
         )
-    if "negated" in bad or "zero-sum" in bad or "token by token" in bad:
+    if bad & {"zero-sum", "token by token", "negative request", "zero-sum request"}:
         return (
-            "it loses weights' signs or drops some of them (negative ones, most likely): only what raises "
-            "logprobs gets through. Base losses on the data itself may train; penalties, KL terms and "
-            "preference losses do not."
+            "it loses weights' signs or drops some of them (negative ones, or requests that sum to nothing "
+            "positive): only what raises logprobs gets through. Base losses on the data itself may train; "
+            "penalties, KL terms and preference losses do not."
+        )
+    if "small" in bad:
+        return (
+            "it drops or rounds small weights, such as a mean over many tokens sends: multiply the loss by "
+            "the number of tokens (reduction='token_sum'), and the learning rate the other way."
+        )
+    if "large" in bad:
+        return "it clips large weights, such as a sum over many tokens sends: scale the loss down."
+    if "evenly" in bad:
+        return (
+            "it is linear, but does not count tokens alike: it divides each sequence by its own number of "
+            "tokens, or shifts or drops some. Weights arrive at the wrong tokens or with a factor that "
+            "depends on a sequence's length."
         )
     return f"it is not linear in the weights: {', '.join(sorted(bad))} failed."
 
@@ -226,6 +291,11 @@ class _Probe:
         self._name = f"jaxreg-check-{uuid.uuid4().hex[:12]}"
 
     @property
+    def path(self) -> str:
+        """Where the state from before is saved."""
+        return self._path
+
+    @property
     def not_undone(self) -> str:
         return (
             f"Not undone: gradients that waited for an optimizer step are gone, and the saved state "
@@ -233,15 +303,16 @@ class _Probe:
         )
 
     def save(self) -> None:
-        self._path = self._ask("save", "save_state", self._name).path
+        self._path = self._ask("save", "save_state", self._name, applied="no").path
+
+    def begin(self) -> None:
         # Gradients that are waiting already would end up in the first step measured here.
         self._optimizer_step(0.0)
         self._ask("load", "load_state", self._path)
         self._before = self._logprobs()
 
     def restore(self) -> None:
-        if self._path:
-            self._ask("load", "load_state_with_optimizer", self._path)
+        self._ask("load", "load_state_with_optimizer", self._path)
 
     def calibrate(self, requests: Sequence[Request]) -> tuple[float, np.ndarray]:
         """A learning rate over epsilon at which the step moves the logprobs by about `MOVE`."""
@@ -258,7 +329,7 @@ class _Probe:
             f"a plain step of the cross-entropy moves the logprobs by {largest:.2g} nats whatever the "
             f"learning rate, so nothing can be measured: does optim_step take effect?",
             step="optim_step",
-            gradient_applied="no",
+            gradient_applied="maybe",
         )
 
     def step(self, requests: Sequence[Request], scale: float) -> np.ndarray:
@@ -282,9 +353,14 @@ class _Probe:
         arrays = [to_numpy(output["logprobs"]) for output in reply.loss_fn_outputs]
         return np.concatenate([array.astype(np.float64).ravel() for array in arrays])
 
-    def _ask(self, step: Any, method: str, *arguments: Any) -> Any:
+    def _ask(self, step: Step, method: str, *arguments: Any, applied: Applied = "maybe") -> Any:
         self.requests += 1
-        return wait(getattr(self._client, method)(*arguments), self._timeout, step, "no")
+        future = submit(getattr(self._client, method), arguments, step, applied)
+        return wait(future, self._timeout, step, applied)
+
+
+def _flat(request: Request) -> np.ndarray:
+    return np.concatenate([weights.ravel() for _, weights in request]).astype(np.float64)
 
 
 def _probes(client: Any, data: Sequence[Any] | None) -> list[Any]:
@@ -292,7 +368,8 @@ def _probes(client: Any, data: Sequence[Any] | None) -> list[Any]:
         if len(data) < 2:
             raise ValueError("check_backend needs two datums or more")
         return list(data[:2])
-    tokens = [[7, 3, 11, 5, 2, 13], [4, 9, 6, 8, 12, 10, 1, 14, 15]]
+    # One begins as the other does, so that what moves one moves the other, and a factor of its own shows.
+    tokens = [[7, 3, 11, 5, 2, 13], [7, 3, 11, 5, 2, 13, 9, 6, 8, 12]]
     if _of_tinker(client):
         from tinker import types
 

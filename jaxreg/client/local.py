@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._packing import pad
@@ -18,7 +19,7 @@ from jaxreg.compose import compose
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
-from jaxreg.plan import Plan
+from jaxreg.plan import Plan, who
 from jaxreg.spec import BASE, RegularizerSpec, as_spec
 
 _SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
@@ -66,6 +67,17 @@ def _composed(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | Gr
     return compose(loss, specs, track_grad_norms=norms)
 
 
+def check_groups(objective: CompositeLoss, datums: int) -> None:
+    """Refuse datums that do not come in the groups that a term wants, such as pairs."""
+    for name, fn in zip(objective.plan.names, objective.plan.fns(objective.leaves), strict=True):
+        group = getattr(fn, "rows_together", 1)
+        if datums % group:
+            raise ValueError(
+                f"{who(name)}: {type(fn).__name__} takes datums in groups of {group} (chosen, rejected, "
+                f"chosen, ...); got {datums} datums"
+            )
+
+
 def dry_run(
     objective: CompositeLoss, batch: TokenBatch, like: Sequence[np.ndarray], state: PyTree, key: Array | None
 ) -> None:
@@ -73,7 +85,9 @@ def dry_run(
     x = jax.ShapeDtypeStruct((*batch.shape, *like[0].shape[1:]), np.float32)
     arrays: dict[str, Any] = {"": x, "weights": batch.weights, **batch.arrays}
     seen = _SEEN.setdefault(objective.plan, set())
-    signature = (state is None, key is None, *((n, a.shape, a.dtype) for n, a in arrays.items()))
+    held, structure = jax.tree.flatten((objective.leaves, state))
+    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in held)
+    signature = (structure, shapes, key is None, *((n, a.shape, a.dtype) for n, a in arrays.items()))
     if signature not in seen:
         objective.eval_shape(x, batch, state=state, key=key)
         seen.add(signature)
@@ -94,8 +108,8 @@ def linearize(
     x = pad(logprobs, *batch.shape)
     (_, output), gradient = objective.value_and_grad(x, batch, state=state, key=key)
     host = np.asarray(gradient)
-    gradients = batch.unpack(host)
-    if not np.isfinite(host).all():
+    gradients = batch.unpack(host)  # without padding, where a term may have left what it likes
+    if not all(np.isfinite(own).all() for own in gradients):
         what = _blame(objective, x, batch, gradients, state, key)
         raise NonFiniteGradient(what, step="objective", gradient_applied="no")
     return Linearized(output, gradients)

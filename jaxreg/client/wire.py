@@ -83,13 +83,15 @@ def own_weights(row: Mapping[str, Any]) -> np.ndarray:
     return weights if weights.shape == shape else np.repeat(weights[:, None], shape[1], axis=1)
 
 
-def with_weights(datum: Any, weights: np.ndarray) -> Any:
+def with_weights(datum: Any, weights: np.ndarray, *, targets: np.ndarray | None = None) -> Any:
     """The datum as the server's linear cross-entropy takes it: targets and weights, nothing of ours.
 
-    Everything else of the datum (its model input, its provenance) stays as it is.
+    Everything else of the datum (its model input, its provenance) stays as it is, and so do the targets
+    where no others are given.
     """
     was = datum["loss_fn_inputs"] if isinstance(datum, Mapping) else datum.loss_fn_inputs
-    inputs = {TARGETS: was[TARGETS], WEIGHTS: np.ascontiguousarray(weights, np.float32)}
+    own = was[TARGETS] if targets is None else targets
+    inputs = {TARGETS: own, WEIGHTS: np.ascontiguousarray(weights, np.float32)}
     if isinstance(datum, Mapping):
         return {**datum, "loss_fn_inputs": inputs}
     if dataclasses.is_dataclass(datum) and not isinstance(datum, type):

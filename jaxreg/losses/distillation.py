@@ -5,7 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, plogp_ratio, reduce_tokens
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    logprob_values,
+    not_infinite,
+    plogp_ratio,
+    reduce_tokens,
+)
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
@@ -42,10 +50,10 @@ class ReverseKLTopK:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The loss of x [B, T, K]."""
         tokens, logprobs, teacher = _read(self.reference, x, batch, "ReverseKLTopK")
-        counted = jnp.isfinite(teacher)
+        counted = not_infinite(teacher)
         log_p = _renormalised(logprobs, counted)
         log_q = _renormalised(teacher, counted)
-        live = counted & jnp.isfinite(log_p)
+        live = counted & not_infinite(log_p)
         safe_p, safe_q = jnp.where(live, log_p, 0.0), jnp.where(live, log_q, 0.0)
         slots = jnp.where(live, jnp.exp(safe_p) * jax.lax.stop_gradient(safe_p - safe_q), 0.0)
         divergence = jnp.sum(slots, axis=-1)
@@ -102,5 +110,5 @@ def _read(source: Source, x: Array, batch: PyTree, who: str) -> tuple[TokenBatch
 def _renormalised(logprobs: Array, counted: Array) -> Array:
     """log-softmax over the slots that count; −inf in the others, and where nothing counts."""
     masked = jnp.where(counted, logprobs, -jnp.inf)
-    some = jnp.any(jnp.isfinite(masked), axis=-1, keepdims=True)
+    some = jnp.any(not_infinite(masked), axis=-1, keepdims=True)
     return jnp.where(some, jax.nn.log_softmax(jnp.where(some, masked, 0.0), axis=-1), -jnp.inf)

@@ -12,7 +12,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import REDUCTIONS, Reduction, check_choice, logprob_values, reduce_tokens
+from jaxreg._reductions import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    logprob_values,
+    not_infinite,
+    reduce_tokens,
+)
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
@@ -43,8 +50,8 @@ class _PolicyLoss:
         tokens = as_token_batch(batch, x, who)
         logprobs = logprob_values(tokens, x, who, by_mask=by_mask)
         sampler = read_like(self.sampler, tokens, x.shape, who, "the sampler's logprobs", by_mask=by_mask)
-        advantages = read_like(self.advantages, tokens, x.shape, who, "advantages")
-        counted = jnp.isfinite(logprobs) & jnp.isfinite(sampler)
+        advantages = read_like(self.advantages, tokens, x.shape, who, "advantages", per_datum=True)
+        counted = not_infinite(logprobs) & not_infinite(sampler)
         log_ratio = jnp.where(counted, logprobs, 0.0) - jnp.where(counted, sampler, 0.0)
         return tokens, logprobs, log_ratio, counted, advantages
 

@@ -7,11 +7,12 @@ nothing; half a pair (a chosen answer without a rejected one, or the reverse) ma
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import logprob_values
+from jaxreg._reductions import logprob_values, not_infinite
 from jaxreg._term import Source, needs, read_like, term
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch, as_token_batch
@@ -39,6 +40,8 @@ class DPO:
       (0.513, 0.4)
     """
 
+    rows_together: ClassVar[int] = 2
+
     beta: float = 0.1
     reference: Source = "ref_logprobs"
 
@@ -49,7 +52,7 @@ class DPO:
         """The loss of x [B, T], B even."""
         tokens, logprobs = _read(x, batch, "DPO")
         reference = read_like(self.reference, tokens, x.shape, "DPO", "the reference")
-        finite = jnp.isfinite(logprobs) & jnp.isfinite(reference)
+        finite = not_infinite(logprobs) & not_infinite(reference)
         gap = jnp.where(finite, logprobs, 0.0) - jnp.where(finite, reference, 0.0)
         return _logistic(tokens, self.beta * tokens.datum_sum(gap), 0.0)
 
@@ -73,6 +76,8 @@ class SimPO:
       0.0298
     """
 
+    rows_together: ClassVar[int] = 2
+
     beta: float = 2.0
     gamma: float = 0.5
 
@@ -84,7 +89,7 @@ class SimPO:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The loss of x [B, T], B even."""
         tokens, logprobs = _read(x, batch, "SimPO")
-        finite = jnp.isfinite(logprobs)
+        finite = not_infinite(logprobs)
         means = tokens.datum_means(jnp.where(finite, logprobs, 0.0))
         return _logistic(tokens, self.beta * means, self.gamma)
 

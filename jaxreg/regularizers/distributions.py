@@ -14,6 +14,7 @@ from jaxreg._reductions import (
     check_choice,
     largest,
     log_probabilities,
+    not_infinite,
     plogp_ratio,
     real_values,
     reduce_tokens,
@@ -138,7 +139,7 @@ class KL:
         return 0.5 * (forward + reverse) if self.symmetric else reverse
 
     def _sampled(self, logprobs: Array, reference: Array) -> Array:
-        finite = jnp.isfinite(logprobs) & jnp.isfinite(reference)
+        finite = not_infinite(logprobs) & not_infinite(reference)
         d = jnp.where(finite, reference, 0.0) - jnp.where(finite, logprobs, 0.0)
         limit = jnp.full_like(d, jnp.inf)
         if self.estimator == "k1":
@@ -213,7 +214,7 @@ class JS:
         log_p = log_probabilities(real_values(tokens, x, "JS"))
         log_q = log_probabilities(reference)
         # logaddexp has NaN for a derivative where both are -inf: there nothing is to be added.
-        some = jnp.isfinite(log_p) | jnp.isfinite(log_q)
+        some = not_infinite(log_p) | not_infinite(log_q)
         middle = jnp.logaddexp(jnp.where(some, log_p, 0.0), jnp.where(some, log_q, 0.0)) - math.log(2)
         middle = jnp.where(some, middle, -jnp.inf)
         halves = plogp_ratio(log_p, middle) + plogp_ratio(log_q, middle)
@@ -287,6 +288,6 @@ class LabelSmoothing:
         x = needs(x, 3, "LabelSmoothing", "whole distributions, logits or logprobs [B, T, V]")
         tokens = as_token_batch(batch, x, "LabelSmoothing")
         log_p = log_probabilities(real_values(tokens, x, "LabelSmoothing"))
-        finite = jnp.isfinite(log_p)
+        finite = not_infinite(log_p)
         smoothing = jnp.mean(jnp.where(finite, -jnp.where(finite, log_p, 0.0), jnp.inf), axis=-1)
         return reduce_tokens(tokens, smoothing, self.reduction), {"mean": tokens.mean(smoothing)}

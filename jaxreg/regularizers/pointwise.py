@@ -13,6 +13,7 @@ from jaxreg._reductions import (
     check_choice,
     largest,
     logprob_values,
+    not_infinite,
     real_values,
     reduce_tokens,
 )
@@ -91,7 +92,7 @@ class L2:
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [B, T] or [B, T, K]."""
         tokens, values = _values(x, batch, self.target, "L2")
-        finite = jnp.isfinite(values)
+        finite = not_infinite(values)
         values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
             counted = tokens.mean(finite.astype(values.dtype))
@@ -171,7 +172,7 @@ class LogRatioL2:
         tokens = as_token_batch(batch, x, "LogRatioL2")
         values = real_values(tokens, x, "LogRatioL2")
         reference = read_like(self.reference, tokens, values.shape, "LogRatioL2", "the reference")
-        finite = jnp.isfinite(values) & jnp.isfinite(reference)
+        finite = not_infinite(values) & not_infinite(reference)
         gap = jnp.where(finite, values, 0.0) - jnp.where(finite, reference, 0.0)
         return reduce_tokens(tokens, jnp.square(gap), self.reduction), {"mean": tokens.mean(gap)}
 
@@ -210,7 +211,7 @@ class Focal:
         x = needs(x, 2, "Focal", "target logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Focal")
         logprobs = logprob_values(tokens, x, "Focal")
-        finite = jnp.isfinite(logprobs)
+        finite = not_infinite(logprobs)
         safe = jnp.where(finite, logprobs, 0.0)
         unsure = jnp.maximum(-jnp.expm1(safe), 0.0)
         loss = jnp.where(finite, -self.alpha * unsure**self.gamma * safe, jnp.inf)
@@ -249,7 +250,7 @@ class Unlikelihood:
         x = needs(x, 2, "Unlikelihood", "sampled-token logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Unlikelihood")
         if self.candidates is not None:
-            chosen = read_like(self.candidates, tokens, x.shape, "Unlikelihood", "candidates")
+            chosen = read_like(self.candidates, tokens, x.shape, "Unlikelihood", "candidates", per_datum=True)
             tokens = tokens.replace(weights=tokens.weights * chosen)  # type: ignore[attr-defined]
         logprobs = logprob_values(tokens, x, "Unlikelihood")
         loss = -jnp.log(jnp.maximum(-jnp.expm1(logprobs), self.floor))

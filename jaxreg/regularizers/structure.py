@@ -16,6 +16,7 @@ from jaxreg._reductions import (
     check_choice,
     log_probabilities,
     logprob_values,
+    not_infinite,
     plogp_ratio,
     real_values,
     reduce_tokens,
@@ -252,7 +253,7 @@ class Length:
         x = needs(x, 2, "Length", "sampled-token logprobs [B, T]")
         tokens = as_token_batch(batch, x, "Length")
         logprobs = logprob_values(tokens, x, "Length", by_mask=True)
-        logprobs = jnp.where(jnp.isfinite(logprobs), logprobs, 0.0)
+        logprobs = jnp.where(not_infinite(logprobs), logprobs, 0.0)
         length = jnp.sum(tokens.mask, axis=1).astype(logprobs.dtype)
         excess = jnp.maximum(length - self.target, 0.0) / self.target
         score = jnp.sum(logprobs, axis=1)

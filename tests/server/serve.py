@@ -5,6 +5,7 @@ and all checkpoints, goes to FOLDER, whose name has to be short (Ray puts socket
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -19,11 +20,13 @@ VOCABULARY = 256
 MAX_RANK = 16
 
 ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",  # the same on machines that have a GPU
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # the sums of more threads differ from run to run, and it is no faster
+    "OMP_NUM_THREADS": "1",  # the model is too small for more, and the tests want the other cores
+    "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# On the CPU on machines that have a GPU as well; Ray would show the GPU to its worker again.
+OF_WORKERS = {"CUDA_VISIBLE_DEVICES": "", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 def without_cuda():
@@ -82,11 +85,7 @@ def start_ray(folder):
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         _temp_dir=str(folder / "ray"),
-        runtime_env={
-            "worker_process_setup_hook": without_cuda,
-            # Otherwise Ray shows its worker the GPU again.
-            "env_vars": {**ENVIRONMENT, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"},
-        },
+        runtime_env={"worker_process_setup_hook": without_cuda, "env_vars": OF_WORKERS},
     )
 
 
@@ -123,27 +122,60 @@ def stop_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def serve(folder, port):
-    """Serve until SIGTERM, then stop Ray as well."""
+def exit_on_sigterm():
+    """Leave by an exception, so that Ray is stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def descendants(pid):
+    """The processes below this one, now: those that lose their parent are not found any more."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end(processes, seconds):
+    """Wait until they are gone; kill those that take longer."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=seconds)
+
+
+def stop_ray():
+    """Stop Ray and wait for its processes, which it does not do itself."""
     import ray
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    processes = descendants(os.getpid())
+    ray.shutdown()
+    end(processes, seconds=5)
+
+
+def serve(folder, port):
+    """Serve until SIGTERM, then stop Ray."""
     import uvicorn
 
     try:
         start_ray(folder)
-        # uvicorn raises SIGTERM once more when it is done, and Ray has put its own handler there.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        exit_on_sigterm()  # again, as Ray has put its own handler there
         uvicorn.run(make_app(folder), host="127.0.0.1", port=port, timeout_graceful_shutdown=5)
     finally:
-        ray.shutdown()
+        stop_ray()
 
 
 def main():
     folder, port = Path(sys.argv[1]).resolve(), int(sys.argv[2])
     os.environ.update(ENVIRONMENT)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray writes one to the home folder
-    # Ray gives out no GPU that this hides. Its workers get it nevertheless, from their own environment.
-    del os.environ["CUDA_VISIBLE_DEVICES"]
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray starts without GPUs where this hides them
+    exit_on_sigterm()
     stop_with_parent()
     without_cuda()
     write_model(folder / "model")

@@ -1,0 +1,128 @@
+"""One step with a remote model, taken apart into what happens before, between and after the requests."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxreg._arrays import to_numpy
+from jaxreg._types import Array, PyTree
+from jaxreg.batch import TokenBatch
+from jaxreg.client import wire
+from jaxreg.client.errors import LogprobDrift
+from jaxreg.client.local import check_groups, drift_between, dry_run, linearize
+from jaxreg.client.requests import LOSS, submit
+from jaxreg.client.slots import Slots
+from jaxreg.client.types import CustomResult, Drift
+from jaxreg.objective import CompositeLoss
+from jaxreg.output import CustomLossOutput
+
+
+class Task:
+    """One step, in the order in which it happens. Everything is checked as early as it can be."""
+
+    output: CustomLossOutput
+
+    def __init__(
+        self,
+        client: Any,
+        data: Sequence[Any],
+        objective: CompositeLoss,
+        logprobs: Sequence[Any] | None,
+        max_drift: float,
+        on_drift: str,
+        top_k: str,
+        state: PyTree,
+        key: Array | None,
+    ) -> None:
+        for name in ("forward", "forward_backward"):
+            if not callable(getattr(client, name, None)):
+                raise TypeError(f"client: {type(client).__name__} has no {name}(data, loss_fn)")
+        if on_drift not in ("warn", "raise", "ignore"):
+            raise ValueError(f"on_drift is 'warn', 'raise' or 'ignore', got {on_drift!r}")
+        if top_k not in ("native", "unrolled"):
+            raise ValueError(f"top_k is 'native' or 'unrolled', got {top_k!r}")
+        self.client, self.objective = client, objective
+        self.max_drift, self.on_drift = max_drift, on_drift
+        self.state, self.key = state, key
+        self._rows = rows = wire.read(data)
+        self.data = list(data)  # the caller may go on with theirs
+        self.targets = [row[wire.TARGETS] for row in rows]
+        self.batch = TokenBatch.pack(rows)
+        self.slots = Slots(self.targets, top_k == "unrolled")
+        self.logprobs = None if logprobs is None else _given(logprobs, self.targets)
+        self._lock = threading.Lock()
+        self._phase: Literal["before", "sending", "cancelled"] = "before"
+        check_groups(objective, len(rows))
+        dry_run(objective, self.batch, self.targets, state, key)
+
+    def submit_forward(self) -> Any:
+        """Ask for the logprobs; the client's future of the reply."""
+        data = self.slots.spread(self.data, [wire.own_weights(row) for row in self._rows])
+        return submit(self.client.forward, (data, LOSS), "forward", "no")
+
+    def receive_forward(self, reply: Any) -> None:
+        """Check the reply, and read it."""
+        self.logprobs = self.slots.gather(wire.logprobs_of(reply, self.slots.targets, "forward", "no"))
+
+    def submit_backward(self) -> Any:
+        """Evaluate, differentiate, and hand the gradient over; the client's future of the reply."""
+        assert self.logprobs is not None  # received, or given
+        done = linearize(self.objective, self.batch, self.logprobs, self.state, self.key)
+        self.output = done.output
+        data = self.slots.spread(self.data, [-gradient for gradient in done.gradients])
+        with self._lock:
+            if self._phase == "cancelled":
+                raise concurrent.futures.CancelledError
+            self._phase = "sending"  # The lock is not held meanwhile: who cancels must not wait for it.
+        return submit(self.client.forward_backward, (data, LOSS), "backward", "maybe")
+
+    def cancel(self) -> bool:
+        """Send no backward request any more; False where one is on its way already."""
+        with self._lock:
+            if self._phase == "sending":
+                return False
+            self._phase = "cancelled"
+            return True
+
+    def finish(self, reply: Any) -> CustomResult:
+        """Check the reply to the backward, and put the result together."""
+        assert self.logprobs is not None
+        after = self.slots.gather(wire.logprobs_of(reply, self.slots.targets, "backward", "yes"))
+        drift = Drift(*drift_between(self.batch, self.logprobs, after))
+        if drift.mean > self.max_drift:
+            self._drifted(drift)
+        metrics = self.output.to_flat_dict() | dict(getattr(reply, "metrics", None) or {})
+        return CustomResult(self.output, metrics, self.logprobs, drift, reply)
+
+    def _drifted(self, drift: Drift) -> None:
+        what = (
+            f"the model's logprobs differ by {drift.mean:.3g} nats in the mean (at most {drift.max:.3g}) "
+            f"from those that the gradient was computed at, and max_drift is {self.max_drift:g}. They came "
+            f"from other weights (an optimizer step in between?), or from a sampler that computes otherwise"
+        )
+        if self.on_drift == "raise":
+            raise LogprobDrift(what, step="backward", gradient_applied="yes")
+        if self.on_drift == "warn":
+            warnings.warn(what, stacklevel=5)
+
+
+def _given(logprobs: Sequence[Any], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if len(logprobs) != len(targets):
+        raise ValueError(f"logprobs= has {len(logprobs)} arrays for {len(targets)} datums")
+    arrays = []
+    for i, (given, target) in enumerate(zip(logprobs, targets, strict=True)):
+        array = to_numpy(given).astype(np.float32)
+        if array.shape != target.shape:
+            raise ValueError(
+                f"logprobs=, datum {i}: has shape {array.shape}, but {wire.TARGETS!r} has {target.shape}"
+            )
+        if not np.isfinite(array).all() or (array.size and array.max() > 1e-3):
+            raise ValueError(f"logprobs=, datum {i}: logprobs are finite and ≤ 0")
+        arrays.append(array)
+    return arrays
