@@ -12,11 +12,9 @@ def to_numpy(value: Any) -> np.ndarray:
     """A dense array of an SDK's tensor (sparse ones too, without torch), a torch tensor, a list, ..."""
     if type(value) is np.ndarray:
         return value
-    rows = getattr(value, "sparse_crow_indices", None)
-    if rows is not None:
-        return _dense(value, rows)
-    if callable(getattr(value, "to_numpy", None)):
-        return np.asarray(value.to_numpy())
+    if hasattr(value, "to_numpy"):  # the SDK's; its sparse ones would need torch for this
+        rows = getattr(value, "sparse_crow_indices", None)
+        return _dense(value, rows) if rows is not None else np.asarray(value.to_numpy())
     if callable(getattr(value, "detach", None)):
         tensor = value.detach().cpu()  # torch's; NumPy has no bfloat16
         return np.asarray((tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy())

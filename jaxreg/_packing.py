@@ -92,7 +92,10 @@ def _columns(rows: list[Mapping[str, Any]]) -> dict[str, list[np.ndarray]]:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"datum 0: a key is a string, got {name!r}")
-        column = [_array(row[name], name, i) for i, row in enumerate(rows)]
+        try:
+            column = [to_numpy(row[name]) for row in rows]
+        except (TypeError, ValueError):
+            column = [_array(row[name], name, i) for i, row in enumerate(rows)]
         for dtype in {array.dtype for array in column}:
             # bfloat16 is of kind "V", as is whatever else NumPy does not know.
             if dtype.kind not in "fiub" and not jnp.issubdtype(dtype, jnp.floating):

@@ -109,7 +109,7 @@ def linearize(
     (_, output), gradient = objective.value_and_grad(x, batch, state=state, key=key)
     host = np.asarray(gradient)
     gradients = batch.unpack(host)  # without padding, where a term may have left what it likes
-    if not all(np.isfinite(own).all() for own in gradients):
+    if not np.isfinite(host).all() and not all(np.isfinite(own).all() for own in gradients):
         what = _blame(objective, x, batch, gradients, state, key)
         raise NonFiniteGradient(what, step="objective", gradient_applied="no")
     return Linearized(output, gradients)

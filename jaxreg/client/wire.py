@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,19 +90,27 @@ def with_weights(datum: Any, weights: np.ndarray, *, targets: np.ndarray | None 
     Everything else of the datum (its model input, its provenance) stays as it is, and so do the targets
     where no others are given.
     """
-    was = datum["loss_fn_inputs"] if isinstance(datum, Mapping) else datum.loss_fn_inputs
-    own = was[TARGETS] if targets is None else targets
-    inputs = {TARGETS: own, WEIGHTS: np.ascontiguousarray(weights, np.float32)}
+    inputs = {TARGETS: targets, WEIGHTS: np.ascontiguousarray(weights, np.float32)}
+    if targets is None:
+        inputs[TARGETS] = (getattr(datum, "loss_fn_inputs", None) or datum["loss_fn_inputs"])[TARGETS]
+    kind: Any = type(datum)
+    if others := _other_fields(kind):
+        return kind(loss_fn_inputs=inputs, **{name: getattr(datum, name) for name in others})
     if isinstance(datum, Mapping):
         return {**datum, "loss_fn_inputs": inputs}
-    if dataclasses.is_dataclass(datum) and not isinstance(datum, type):
-        return dataclasses.replace(datum, loss_fn_inputs=inputs)
     if callable(getattr(datum, "model_copy", None)):  # pydantic, which would not convert what it copies
         fields = {name: getattr(datum, name) for name in type(datum).model_fields}
         return type(datum)(**{**fields, "loss_fn_inputs": inputs})
     other = copy.copy(datum)
     other.loss_fn_inputs = inputs
     return other
+
+
+@functools.cache
+def _other_fields(kind: Any) -> tuple[str, ...]:
+    """A dataclass's arguments but for loss_fn_inputs: `dataclasses.replace`, at a quarter of its time."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return tuple(field.name for field in fields if field.init and field.name != "loss_fn_inputs")
 
 
 def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: Applied) -> list[np.ndarray]:
@@ -124,7 +133,7 @@ def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: 
         if not isinstance(output, Mapping) or LOGPROBS not in output:
             raise bad(f"output {i} has no {LOGPROBS!r}")
         try:
-            array = to_numpy(output[LOGPROBS]).astype(np.float32)
+            array = to_numpy(output[LOGPROBS]).astype(np.float32, copy=False)
         except (TypeError, ValueError) as error:
             raise bad(f"output {i}: {LOGPROBS!r} is no array of numbers ({error})") from None
         if array.size != target.size or (array.ndim > 1 and array.shape != target.shape):
@@ -132,8 +141,9 @@ def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: 
                 f"output {i}: {LOGPROBS!r} has shape {array.shape}, but datum {i} has {TARGETS!r} of shape "
                 f"{target.shape} (a wrong length, or the outputs came in another order)"
             )
-        if not np.isfinite(array).all():
-            at = np.argwhere(~np.isfinite(array))[0].tolist()
-            raise bad(f"output {i}: a logprob is {array[tuple(at)]} at {at}")
-        arrays.append(array.reshape(target.shape))
+        arrays.append(array if array.shape == target.shape else array.reshape(target.shape))
+    if not np.isfinite(np.concatenate([array.ravel() for array in arrays])).all():
+        i = next(i for i, array in enumerate(arrays) if not np.isfinite(array).all())
+        at = np.argwhere(~np.isfinite(arrays[i]))[0].tolist()
+        raise bad(f"output {i}: a logprob is {arrays[i][tuple(at)]} at {at}")
     return arrays

@@ -69,6 +69,7 @@ def test_a_custom_loss_of_the_sdk_trains_like_the_same_loss_on_the_server(
 
 def test_data_in_several_requests_is_the_same_step(new_training_client, start_state, data):
     whole, split = new_training_client(start_state), new_training_client(start_state, datums_per_request=1)
+    assert [len(list(client._chunked_requests_generator(data))) for client in (whole, split)] == [1, 3]
     for client in (whole, split):
         client.forward_backward(data, "cross_entropy").result()
         client.optim_step(ADAM).result()
