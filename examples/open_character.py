@@ -62,14 +62,15 @@ def chosen_nll(lp: jax.Array, batch: jr.TokenBatch) -> jax.Array:
     return batch.mean(-batch.where(lp), weights=batch.weights * chosen)
 
 
-def preference_objective() -> jr.CompositeLoss:
+def preference_objective(forward: Any = logprobs) -> jr.CompositeLoss:
+    """Of a model's params, or, with forward=None, of logprobs."""
     return jr.compose(
         jr.losses.DPO(beta=0.1),
         [
             jr.RegularizerSpec(name="chosen_nll", fn=chosen_nll, weight=0.1),
             jr.RegularizerSpec(name="log_ratio", fn=jr.regularizers.LogRatioL2(), weight=0.001),
         ],
-        forward=logprobs,
+        forward=forward,
         track_grad_norms=True,
     )
 

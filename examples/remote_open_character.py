@@ -11,20 +11,9 @@ from __future__ import annotations
 import itertools
 
 import remote as api
-from open_character import CURT, KIND, TOPICS, chosen_nll
+from open_character import CURT, KIND, TOPICS, preference_objective
 
 import jaxreg as jr
-
-
-def preference_objective() -> jr.CompositeLoss:
-    return jr.compose(
-        jr.losses.DPO(beta=0.1),
-        [
-            jr.RegularizerSpec(name="chosen_nll", fn=chosen_nll, weight=0.1),
-            jr.RegularizerSpec(name="log_ratio", fn=jr.regularizers.LogRatioL2(), weight=0.001),
-        ],
-        track_grad_norms=True,
-    )
 
 
 def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
@@ -39,7 +28,7 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
     data = [remote.with_inputs(d, ref_logprobs=ref) for d, ref in zip(data, start, strict=True)]
 
     print("preference stage")
-    results = api.train(remote, data, preference_objective(), chosen)
+    results = api.train(remote, data, preference_objective(forward=None), chosen)
     accuracy = {k: round(float(v), 2) for k, v in results[-1].output.base_loss.custom.items()}
     print(f"  {accuracy}")
     print("supervised stage, on the chosen answers")

@@ -24,6 +24,18 @@ def to_numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def array_of(value: Any, name: str, i: int) -> np.ndarray:
+    """`to_numpy`, of one key of datum i.
+
+    Raises:
+      TypeError: it is no array of numbers; it names the datum and the key.
+    """
+    try:
+        return to_numpy(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"datum {i}, {name!r}: not an array of numbers ({error})") from None
+
+
 def _dense(value: Any, rows: Sequence[int]) -> np.ndarray:
     numbers = np.asarray(value.data)
     dense = np.zeros(value.shape, numbers.dtype)

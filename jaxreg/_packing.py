@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._arrays import to_numpy
+from jaxreg._arrays import array_of
 
 SHORTEST, FEWEST_ROWS = 128, 4
 
@@ -92,10 +92,7 @@ def _columns(rows: list[Mapping[str, Any]]) -> dict[str, list[np.ndarray]]:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"datum 0: a key is a string, got {name!r}")
-        try:
-            column = [to_numpy(row[name]) for row in rows]
-        except (TypeError, ValueError):
-            column = [_array(row[name], name, i) for i, row in enumerate(rows)]
+        column = [array_of(row[name], name, i) for i, row in enumerate(rows)]
         for dtype in {array.dtype for array in column}:
             # bfloat16 is of kind "V", as is whatever else NumPy does not know.
             if dtype.kind not in "fiub" and not jnp.issubdtype(dtype, jnp.floating):
@@ -105,13 +102,6 @@ def _columns(rows: list[Mapping[str, Any]]) -> dict[str, list[np.ndarray]]:
             _complain_of_shapes(column, name)
         columns[name] = column
     return columns
-
-
-def _array(value: Any, name: str, i: int) -> np.ndarray:
-    try:
-        return to_numpy(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"datum {i}, {name!r}: not an array of numbers ({error})") from None
 
 
 def _sizes(columns: Mapping[str, list[np.ndarray]]) -> list[int]:

@@ -105,3 +105,27 @@ class Scripted:
 def minus_ones(data):
     """Logprobs of −1 everywhere."""
     return reply([-np.ones(np.shape(d.loss_fn_inputs["target_tokens"]), np.float32) for d in data])
+
+
+class Slow:
+    """A client whose replies arrive when the test lets them, in any order; requests keep theirs."""
+
+    def __init__(self):
+        self.order, self.futures = [], {}
+
+    def _request(self, name, value):
+        self.order.append(name)
+        self.futures[name] = concurrent.futures.Future()
+        if value is not None:
+            self.futures[name].set_result(value)
+        return self.futures[name]
+
+    def forward(self, data, loss_fn):
+        return self._request("forward", minus_ones(data))
+
+    def forward_backward(self, data, loss_fn):
+        self.backward_data = data
+        return self._request("backward", None)
+
+    def optim_step(self, settings):
+        return self._request("optim_step", None)

@@ -11,7 +11,9 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from clients import VOCABULARY
 
+import jaxreg
 from jaxreg.testing import check_numerics
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,3 +38,10 @@ def x64():
     """float64 for one test, restored afterwards."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def embedded():
+    """The embedded trainer with a small model."""
+    with jaxreg.client.EmbeddedTrainingClient(vocabulary=VOCABULARY) as client:
+        yield client

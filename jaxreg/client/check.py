@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg._arrays import to_numpy
 from jaxreg.client import wire
 from jaxreg.client.errors import Applied, RemoteError, Step
 from jaxreg.client.requests import LOSS, submit, wait
@@ -350,8 +349,9 @@ class _Probe:
         zeros = [np.zeros(target.shape, np.float32) for target in self._targets]
         data = [wire.with_weights(datum, weights) for datum, weights in zip(self._data, zeros, strict=True)]
         reply = self._ask("forward", "forward", data, LOSS)
-        arrays = [to_numpy(output["logprobs"]) for output in reply.loss_fn_outputs]
-        return np.concatenate([array.astype(np.float64).ravel() for array in arrays])
+        # NaN is an answer, too: some servers give it after weights that sum to 0.
+        arrays = wire.logprobs_of(reply, self._targets, "forward", "maybe", finite=False)
+        return np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
 
     def _ask(self, step: Step, method: str, *arguments: Any, applied: Applied = "maybe") -> Any:
         self.requests += 1

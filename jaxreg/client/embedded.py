@@ -90,7 +90,7 @@ class EmbeddedTrainingClient:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="jaxreg-trainer")
 
         def loss(params: PyTree, tokens: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-            logprobs = jax.nn.log_softmax(_float32(apply(params, tokens)))
+            logprobs = jax.nn.log_softmax(apply(params, tokens).astype(jnp.float32))
             columns = targets if targets.ndim == 3 else targets[..., None]
             picked = jnp.take_along_axis(logprobs, columns, axis=-1).reshape(targets.shape)
             return -jnp.sum(weights * picked), picked
@@ -213,7 +213,7 @@ class EmbeddedTrainingClient:
 
 
 def _tokens(datum: Any, row: dict[str, Any], i: int, vocabulary: int) -> np.ndarray:
-    given = datum["model_input"] if isinstance(datum, dict) else datum.model_input
+    given = wire.field(datum, "model_input")
     given = given.to_ints() if callable(getattr(given, "to_ints", None)) else given
     tokens = to_numpy(given)
     targets = row[wire.TARGETS]
@@ -234,7 +234,3 @@ def _weights(row: dict[str, Any], i: int) -> np.ndarray:
     if wire.WEIGHTS not in row:
         raise ValueError(f"datum {i}: the cross-entropy needs {wire.WEIGHTS!r}, one a target token")
     return wire.own_weights(row).astype(np.float32)
-
-
-def _float32(x: Array) -> Array:
-    return x.astype(jnp.float32)

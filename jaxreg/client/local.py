@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._packing import pad
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
+from jaxreg.client.wire import first_nonfinite
 from jaxreg.compose import compose
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
@@ -48,12 +48,8 @@ def as_objective(
         objective = loss
     else:
         specs = tuple(as_spec(spec) for spec in regularizers or ())
-        try:
-            objective = _composed(loss, specs, track_grad_norms or False)
-        except TypeError as error:
-            if "unhashable" not in str(error):
-                raise
-            objective = compose(loss, specs, track_grad_norms=track_grad_norms or False)
+        make = _composed if _is_hashable((loss, specs)) else _compose  # a weight may be an array
+        objective = make(loss, specs, track_grad_norms or False)
     if objective.plan.model is not None:
         raise ValueError(
             "the objective has a forward=, but here the server runs the model: compose it without one, so "
@@ -62,9 +58,19 @@ def as_objective(
     return objective
 
 
-@functools.lru_cache(maxsize=64)
-def _composed(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | GradNorms) -> CompositeLoss:
+def _compose(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | GradNorms) -> CompositeLoss:
     return compose(loss, specs, track_grad_norms=norms)
+
+
+_composed = functools.lru_cache(maxsize=64)(_compose)
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def check_groups(objective: CompositeLoss, datums: int) -> None:
@@ -83,11 +89,9 @@ def dry_run(
 ) -> None:
     """Let every term see the names and shapes, so that it complains before anything is sent."""
     x = jax.ShapeDtypeStruct((*batch.shape, *like[0].shape[1:]), np.float32)
-    arrays: dict[str, Any] = {"": x, "weights": batch.weights, **batch.arrays}
     seen = _SEEN.setdefault(objective.plan, set())
-    held, structure = jax.tree.flatten((objective.leaves, state))
-    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in held)
-    signature = (structure, shapes, key is None, *((n, a.shape, a.dtype) for n, a in arrays.items()))
+    leaves, structure = jax.tree.flatten((objective.leaves, x, batch, state, key))
+    signature = structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
     if signature not in seen:
         objective.eval_shape(x, batch, state=state, key=key)
         seen.add(signature)
@@ -109,8 +113,8 @@ def linearize(
     (_, output), gradient = objective.value_and_grad(x, batch, state=state, key=key)
     host = np.asarray(gradient)
     gradients = batch.unpack(host)  # without padding, where a term may have left what it likes
-    if not np.isfinite(host).all() and not all(np.isfinite(own).all() for own in gradients):
-        what = _blame(objective, x, batch, gradients, state, key)
+    if not np.isfinite(host).all() and (found := first_nonfinite(gradients)):
+        what = _blame(objective, x, batch, found, state, key)
         raise NonFiniteGradient(what, step="objective", gradient_applied="no")
     return Linearized(output, gradients)
 
@@ -119,20 +123,19 @@ def _blame(
     objective: CompositeLoss,
     x: np.ndarray,
     batch: TokenBatch,
-    gradients: Sequence[np.ndarray],
+    found: tuple[int, list[int], float],
     state: PyTree,
     key: Array | None,
 ) -> str:
     """Which terms' gradients are not finite, and where it begins. It compiles, but only after a failure."""
-    i = next(i for i, gradient in enumerate(gradients) if not np.isfinite(gradient).all())
-    at = np.argwhere(~np.isfinite(gradients[i]))[0].tolist()
+    i, at, number = found
     guilty = []
     for name in (BASE, *objective.names):
         slope = jax.jit(jax.grad(_value_of(objective, name, batch, state, key)))(x)
-        if not np.isfinite(np.asarray(slope)).all():
+        if first_nonfinite(batch.unpack(slope)):  # not in the padding, which is nobody's business
             guilty.append("the base loss" if name == BASE else f"term {name!r}")
     return (
-        f"d(loss)/d(logprobs) of datum {i} at {at} is {gradients[i][tuple(at)]}; it comes from "
+        f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from "
         f"{' and '.join(guilty) or 'the weighted sum: the gradient of each term alone is finite'}"
     )
 

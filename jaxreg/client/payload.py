@@ -103,7 +103,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def _chunks(datum: Any, i: int) -> list[dict[str, Any]]:
-    given = datum["model_input"] if isinstance(datum, Mapping) else datum.model_input
+    given = wire.field(datum, "model_input")
     chunks = getattr(given, "chunks", None)
     if chunks is None:
         tokens = to_numpy(given)

@@ -120,6 +120,6 @@ def _check_logprobs(arrays: Sequence[np.ndarray], targets: Sequence[np.ndarray])
             raise ValueError(
                 f"datum {i}: its logprobs have shape {array.shape}, but {wire.TARGETS!r} has {target.shape}"
             )
-        if not np.isfinite(array).all():
-            at = np.argwhere(~np.isfinite(array))[0].tolist()
-            raise ValueError(f"datum {i}: the server's logprob is {array[tuple(at)]} at {at}")
+    if found := wire.first_nonfinite(arrays):
+        i, at, number = found
+        raise ValueError(f"datum {i}: the server's logprob is {number} at {at}")

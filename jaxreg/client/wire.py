@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg._arrays import to_numpy
+from jaxreg._arrays import array_of, to_numpy
 from jaxreg.client.errors import Applied, BadReply, Step
 
 TARGETS, WEIGHTS, LOGPROBS = "target_tokens", "weights", "logprobs"
 
 
+def field(datum: Any, name: str) -> Any:
+    """A field of a datum, which may be an object or a mapping; None where it has none."""
+    value = getattr(datum, name, None)
+    return datum.get(name) if value is None and isinstance(datum, Mapping) else value
+
+
 def inputs_of(datum: Any, i: int) -> Mapping[str, Any]:
     """A datum's ``loss_fn_inputs``, which always have ``target_tokens``."""
-    inputs = getattr(datum, "loss_fn_inputs", None)
-    if inputs is None and isinstance(datum, Mapping):
-        inputs = datum.get("loss_fn_inputs")
+    inputs = field(datum, "loss_fn_inputs")
     if not isinstance(inputs, Mapping):
         raise TypeError(
             f"datum {i}: expected an object with model_input and loss_fn_inputs (tinker.types.Datum, "
@@ -53,26 +57,19 @@ def read(data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = No
         if twice := row.keys() & side.keys():
             raise ValueError(f"datum {i}: {sorted(twice)} are in its loss_fn_inputs and in side_data")
         row |= side
-        targets = row[TARGETS] = _array(row[TARGETS], TARGETS, i)
+        targets = row[TARGETS] = array_of(row[TARGETS], TARGETS, i)
         if targets.dtype.kind not in "iu":
             raise TypeError(f"datum {i}: {TARGETS!r} are token ids, whole numbers, got {targets.dtype}")
         if targets.ndim not in (1, 2):
             raise ValueError(f"datum {i}: {TARGETS!r} has shape {targets.shape}; expected [T] or [T, K]")
         if WEIGHTS in row:
-            row[WEIGHTS] = _array(row[WEIGHTS], WEIGHTS, i)
+            row[WEIGHTS] = array_of(row[WEIGHTS], WEIGHTS, i)
         if WEIGHTS in row and row[WEIGHTS].shape not in (targets.shape, targets.shape[:1]):
             raise ValueError(
                 f"datum {i}: {WEIGHTS!r} has shape {row[WEIGHTS].shape}, but {TARGETS!r} has {targets.shape}"
             )
         rows.append(row)
     return rows
-
-
-def _array(value: Any, name: str, i: int) -> np.ndarray:
-    try:
-        return to_numpy(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"datum {i}, {name!r}: not an array of numbers ({error})") from None
 
 
 def own_weights(row: Mapping[str, Any]) -> np.ndarray:
@@ -92,7 +89,7 @@ def with_weights(datum: Any, weights: np.ndarray, *, targets: np.ndarray | None 
     """
     inputs = {TARGETS: targets, WEIGHTS: np.ascontiguousarray(weights, np.float32)}
     if targets is None:
-        inputs[TARGETS] = (getattr(datum, "loss_fn_inputs", None) or datum["loss_fn_inputs"])[TARGETS]
+        inputs[TARGETS] = field(datum, "loss_fn_inputs")[TARGETS]
     kind: Any = type(datum)
     if others := _other_fields(kind):
         return kind(loss_fn_inputs=inputs, **{name: getattr(datum, name) for name in others})
@@ -113,11 +110,22 @@ def _other_fields(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields if field.init and field.name != "loss_fn_inputs")
 
 
-def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: Applied) -> list[np.ndarray]:
+def first_nonfinite(arrays: Sequence[np.ndarray]) -> tuple[int, list[int], float] | None:
+    """The first number that is not finite: which array, where in it, and what it is."""
+    if np.isfinite(np.concatenate([array.ravel() for array in arrays])).all():
+        return None
+    i = next(i for i, array in enumerate(arrays) if not np.isfinite(array).all())
+    at = np.argwhere(~np.isfinite(arrays[i]))[0].tolist()
+    return i, at, float(arrays[i][tuple(at)])
+
+
+def logprobs_of(
+    reply: Any, targets: Sequence[np.ndarray], step: Step, applied: Applied, *, finite: bool = True
+) -> list[np.ndarray]:
     """One float32 array a datum, of its targets' shape.
 
     Raises:
-      BadReply: the reply does not fit the data.
+      BadReply: the reply does not fit the data, or (if finite) holds NaN or −inf.
     """
 
     def bad(what: str) -> BadReply:
@@ -142,8 +150,7 @@ def logprobs_of(reply: Any, targets: Sequence[np.ndarray], step: Step, applied: 
                 f"{target.shape} (a wrong length, or the outputs came in another order)"
             )
         arrays.append(array if array.shape == target.shape else array.reshape(target.shape))
-    if not np.isfinite(np.concatenate([array.ravel() for array in arrays])).all():
-        i = next(i for i, array in enumerate(arrays) if not np.isfinite(array).all())
-        at = np.argwhere(~np.isfinite(arrays[i]))[0].tolist()
-        raise bad(f"output {i}: a logprob is {arrays[i][tuple(at)]} at {at}")
+    if finite and (found := first_nonfinite(arrays)):
+        i, at, number = found
+        raise bad(f"output {i}: a logprob is {number} at {at}")
     return arrays

@@ -1,0 +1,121 @@
+"""Requests keep their order whatever arrives first, and waiting for them blocks nobody."""
+
+import asyncio
+import time
+
+import pytest
+from clients import Recorder, Scripted, Slow, make_data, minus_ones, sft
+
+import jaxreg as jr
+
+ADAM = jr.client.AdamParams(learning_rate=1e-2)
+
+
+def test_an_optimizer_step_issued_afterwards_comes_after_the_backward():
+    client = Slow()
+    future = jr.client.forward_backward_custom(client, make_data(), sft())
+    client.optim_step(ADAM)
+    assert client.order == ["forward", "backward", "optim_step"]
+    client.futures["optim_step"].set_result(None)  # its reply first
+    assert not future.done()
+    with pytest.raises(jr.client.RequestTimedOut) as caught:
+        future.result(timeout=0.01)
+    assert caught.value.gradient_applied == "maybe"
+    client.futures["backward"].set_result(minus_ones(client.backward_data))
+    assert future.result().drift.max == 0
+    assert client.order.count("backward") == 1
+
+
+def test_two_steps_in_flight_keep_their_own_results(embedded):
+    one, two = make_data(1), make_data(2, lengths=(4, 4))
+    futures = [jr.client.forward_backward_custom(embedded, data, sft()) for data in (one, two)]
+    lengths = [[len(lp) for lp in future.result().logprobs] for future in reversed(futures)]
+    assert lengths == [[4, 4], [5, 9, 3, 7]]
+
+
+def test_inside_an_event_loop_nothing_blocks(embedded):
+    class Late:
+        """A forward that takes a while."""
+
+        def __init__(self, client):
+            self.client = client
+
+        def forward(self, data, loss_fn):
+            time.sleep(0.3)
+            return self.client.forward(data, loss_fn)
+
+        def forward_backward(self, data, loss_fn):
+            return self.client.forward_backward(data, loss_fn)
+
+    async def main():
+        longest, last, done = 0.0, time.perf_counter(), False
+
+        async def ticks():
+            nonlocal longest, last
+            while not done:
+                await asyncio.sleep(0.005)
+                now_, last_ = time.perf_counter(), last
+                longest, last = max(longest, now_ - last_), now_
+
+        ticking = asyncio.create_task(ticks())
+        future = await jr.client.forward_backward_custom_async(Late(embedded), make_data(), sft())
+        result = await future
+        done = True
+        await ticking
+        return result, longest
+
+    jr.client.forward_backward_custom(embedded, make_data(), sft()).result()  # compiled
+    result, longest = asyncio.run(main())
+    assert result.output.regularizers["kl"].value > 0
+    assert longest < 0.25  # the forward alone takes 0.3 s: no time of ours, but that it was not waited for
+
+
+def test_the_blocking_call_refuses_to_block_an_event_loop():
+    async def main():
+        jr.client.forward_backward_custom(Scripted(), make_data(), sft())
+
+    with pytest.raises(RuntimeError, match="forward_backward_custom_async"):
+        asyncio.run(main())
+
+
+def test_cancelled_before_the_backward_nothing_is_sent(embedded):
+    client = Recorder(embedded)
+
+    async def main():
+        pending = asyncio.get_running_loop().create_future()
+        original = embedded.forward
+        client_forward = lambda data, loss_fn: pending
+        embedded.forward = client_forward
+        task = asyncio.create_task(jr.client.forward_backward_custom_async(client, make_data(), sft()))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        embedded.forward = original
+
+    asyncio.run(main())
+    assert "forward_backward" not in client.names
+    # and the client is as good as before
+    assert jr.client.forward_backward_custom(client, make_data(), sft()).result().output.loss_total > 0
+
+
+def test_cancelling_does_not_wait_for_a_request_that_is_being_handed_over():
+    class SlowToSend(Scripted):
+        def forward_backward(self, data, loss_fn):
+            time.sleep(1.0)
+            return super().forward_backward(data, loss_fn)
+
+    async def main():
+        step = jr.client.forward_backward_custom_async(SlowToSend(), make_data(), sft())
+        task = asyncio.create_task(step)
+        await asyncio.sleep(0.5)
+        start = time.perf_counter()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        return time.perf_counter() - start, caught.value
+
+    jr.client.forward_backward_custom(Scripted(), make_data(), sft()).result()  # compiled
+    waited, error = asyncio.run(main())
+    assert waited < 0.4
+    assert "may be applied" in error.__notes__[0]
