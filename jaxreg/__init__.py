@@ -3,6 +3,7 @@
 from jaxreg import client as client
 from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers
+from jaxreg import telemetry as telemetry
 from jaxreg import testing as testing
 from jaxreg.batch import TokenBatch as TokenBatch
 from jaxreg.compose import compose as compose

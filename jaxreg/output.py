@@ -98,7 +98,7 @@ class CustomLossOutput:
         Raises:
           ValueError: the output holds more than one step (it went through vmap or scan).
         """
-        host = self._on_host()
+        host = self.on_host()
         base = host.base_loss
         regularizers: dict[str, dict[str, Any]] = {
             name: {
@@ -134,7 +134,7 @@ class CustomLossOutput:
         ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
         ``…/<metric>``. Numbers that are not finite stay as they are.
         """
-        host = self._on_host()
+        host = self.on_host()
         flat = {
             "loss/total": host.loss_total,
             "loss/base": host.base_loss.value,
@@ -154,7 +154,8 @@ class CustomLossOutput:
             flat |= {f"reg/{name}/{k}": v for k, v in term.custom.items()}
         return {key: float(value) for key, value in flat.items() if value is not None}
 
-    def _on_host(self) -> CustomLossOutput:
+    def on_host(self) -> CustomLossOutput:
+        """The same with NumPy arrays and without the state: one transfer, which waits for the device."""
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
             raise TypeError(
                 "to_dict() and to_flat_dict() read numbers, which do not exist while JAX traces; "
