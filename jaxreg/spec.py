@@ -75,10 +75,12 @@ class RegularizerSpec:
             raise ValueError(f"term {self.name!r}: on must be 'outputs' or 'params', got {self.on!r}")
 
 
-def as_spec(spec: RegularizerSpec | Mapping[str, Any]) -> RegularizerSpec:
-    """The spec itself, or one made of a mapping with the keys fn, weight, name (and on)."""
+def as_spec(spec: RegularizerSpec | Mapping[str, Any] | Any) -> RegularizerSpec:
+    """The spec itself, what a host term makes of itself, or a mapping's with fn, weight, name (and on)."""
     if isinstance(spec, RegularizerSpec):
         return spec
+    if callable(getattr(spec, "as_spec", None)):
+        return spec.as_spec()
     if not isinstance(spec, Mapping):
         raise TypeError(
             f"a regularizer is a RegularizerSpec or a mapping with the keys fn, weight and name; "

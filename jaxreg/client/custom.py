@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from jaxreg._types import Array, PyTree, TermFn
+from jaxreg.client.errors import RequestFailed
 from jaxreg.client.local import Regularizers, as_objective
 from jaxreg.client.requests import arrival, wait
 from jaxreg.client.task import Task
@@ -31,6 +33,7 @@ def forward_backward_custom(
     state: PyTree = None,
     key: Array | None = None,
     timeout: float | None = None,
+    step: int | None = None,
 ) -> CustomFuture:
     """Forward there, loss and gradient here, backward there.
 
@@ -65,6 +68,7 @@ def forward_backward_custom(
       state: for schedules and stateful terms: ``objective.init()``, then ``result.output.state``.
       key: a random key, for terms that ask for one.
       timeout: seconds to wait for the reply to the forward request.
+      step: the training step, for `jaxreg.telemetry`; by default, how many this client has taken.
 
     Returns:
       A `CustomFuture` of a `CustomResult`: ``.result()``, or ``await`` it.
@@ -90,11 +94,12 @@ def forward_backward_custom(
             "`future = await jaxreg.client.forward_backward_custom_async(...)`"
         )
     composed = as_objective(objective, regularizers, track_grad_norms)
-    task = Task(client, data, composed, logprobs, max_drift, on_drift, top_k, state, key)
-    if task.logprobs is None:
-        future = task.submit_forward()
-        task.receive_forward(wait(future, timeout, "forward", "no"))
-    return CustomFuture(task, task.submit_backward())
+    task = Task(client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step)
+    with task:
+        if task.logprobs is None:
+            future = task.submit_forward()
+            task.receive_forward(wait(future, timeout, "forward", "no"))
+        return CustomFuture(task, task.submit_backward())
 
 
 async def forward_backward_custom_async(
@@ -111,6 +116,7 @@ async def forward_backward_custom_async(
     state: PyTree = None,
     key: Array | None = None,
     timeout: float | None = None,
+    step: int | None = None,
 ) -> CustomFuture:
     """`forward_backward_custom` for event loops.
 
@@ -120,17 +126,18 @@ async def forward_backward_custom_async(
     """
     composed = as_objective(objective, regularizers, track_grad_norms)
     task = await asyncio.to_thread(
-        Task, client, data, composed, logprobs, max_drift, on_drift, top_k, state, key
+        Task, client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step
     )
-    try:
-        if task.logprobs is None:
-            future = await asyncio.to_thread(task.submit_forward)
-            task.receive_forward(await arrival(future, timeout, "forward", "no"))
-        return CustomFuture(task, await asyncio.to_thread(task.submit_backward))
-    except asyncio.CancelledError as error:
-        if not task.cancel():
-            error.add_note("The backward request was being handed over: its gradient may be applied.")
-        raise
+    with task:
+        try:
+            if task.logprobs is None:
+                future = await asyncio.to_thread(task.submit_forward)
+                task.receive_forward(await arrival(future, timeout, "forward", "no"))
+            return CustomFuture(task, await asyncio.to_thread(task.submit_backward))
+        except asyncio.CancelledError as error:
+            if not task.cancel():
+                error.add_note("The backward request was being handed over: its gradient may be applied.")
+            raise
 
 
 class CustomFuture:
@@ -141,6 +148,7 @@ class CustomFuture:
         self._future = future
         self._lock = threading.Lock()
         self._outcome: CustomResult | BaseException | None = None
+        self._told = False
 
     def result(self, timeout: float | None = None) -> CustomResult:
         """The result; blocks until the server has answered.
@@ -150,13 +158,17 @@ class CustomFuture:
           RemoteError: see `forward_backward_custom`.
         """
         if self._outcome is None:
-            return self._finish(wait(self._future, timeout, "backward", "maybe"))
+            with self._told_once():
+                reply = wait(self._future, timeout, "backward", "maybe")
+            return self._finish(reply)
         return self._settled()
 
     async def result_async(self, timeout: float | None = None) -> CustomResult:
         """`result`, for event loops."""
         if self._outcome is None:
-            return self._finish(await arrival(self._future, timeout, "backward", "maybe"))
+            with self._told_once():
+                reply = await arrival(self._future, timeout, "backward", "maybe")
+            return self._finish(reply)
         return self._settled()
 
     def __await__(self) -> Any:
@@ -178,7 +190,20 @@ class CustomFuture:
                     self._outcome = self._task.finish(reply)
                 except Exception as error:
                     self._outcome = error
+                    self._task.failed(error)
         return self._settled()
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """A request that failed is told to telemetry, the first time; one that is late is not."""
+        try:
+            yield
+        except RequestFailed as error:
+            with self._lock:
+                first, self._told = not self._told, True
+            if first:
+                self._task.failed(error)
+            raise
 
     def _settled(self) -> CustomResult:
         if isinstance(self._outcome, BaseException):

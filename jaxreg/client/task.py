@@ -15,12 +15,14 @@ from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
 from jaxreg.client.errors import LogprobDrift
-from jaxreg.client.local import check_groups, drift_between, dry_run, linearize
+from jaxreg.client.evaluation import Evaluation, step_of
+from jaxreg.client.local import drift_between
 from jaxreg.client.requests import LOSS, submit
 from jaxreg.client.slots import Slots
 from jaxreg.client.types import CustomResult, Drift
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
+from jaxreg.telemetry.events import emit
 
 
 class Task:
@@ -39,6 +41,7 @@ class Task:
         top_k: str,
         state: PyTree,
         key: Array | None,
+        step: int | None,
     ) -> None:
         for name in ("forward", "forward_backward"):
             if not callable(getattr(client, name, None)):
@@ -47,9 +50,8 @@ class Task:
             raise ValueError(f"on_drift is 'warn', 'raise' or 'ignore', got {on_drift!r}")
         if top_k not in ("native", "unrolled"):
             raise ValueError(f"top_k is 'native' or 'unrolled', got {top_k!r}")
-        self.client, self.objective = client, objective
+        self.client, self.step = client, step_of(client, step)
         self.max_drift, self.on_drift = max_drift, on_drift
-        self.state, self.key = state, key
         self._rows = rows = wire.read(data)
         self.data = list(data)  # the caller may go on with theirs
         self.targets = [row[wire.TARGETS] for row in rows]
@@ -58,8 +60,16 @@ class Task:
         self.logprobs = None if logprobs is None else _given(logprobs, self.targets)
         self._lock = threading.Lock()
         self._phase: Literal["before", "sending", "cancelled"] = "before"
-        check_groups(objective, len(rows))
-        dry_run(objective, self.batch, self.targets, state, key)
+        self._evaluation = Evaluation(objective, self.data, self.batch, self.targets, state, key, self.step)
+
+    def __enter__(self) -> Task:
+        """The step begins; what is raised until the backward is handed over ends it."""
+        self._evaluation.begin()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._evaluation.fail(error)
 
     def submit_forward(self) -> Any:
         """Ask for the logprobs; the client's future of the reply."""
@@ -73,14 +83,16 @@ class Task:
     def submit_backward(self) -> Any:
         """Evaluate, differentiate, and hand the gradient over; the client's future of the reply."""
         assert self.logprobs is not None  # received, or given
-        done = linearize(self.objective, self.batch, self.logprobs, self.state, self.key)
+        done = self._evaluation.at(self.logprobs)
         self.output = done.output
         data = self.slots.spread(self.data, [-gradient for gradient in done.gradients])
         with self._lock:
             if self._phase == "cancelled":
                 raise concurrent.futures.CancelledError
             self._phase = "sending"  # The lock is not held meanwhile: who cancels must not wait for it.
-        return submit(self.client.forward_backward, (data, LOSS), "backward", "maybe")
+        future = submit(self.client.forward_backward, (data, LOSS), "backward", "maybe")
+        self._evaluation.stop()
+        return future
 
     def cancel(self) -> bool:
         """Send no backward request any more; False where one is on its way already."""
@@ -88,7 +100,12 @@ class Task:
             if self._phase == "sending":
                 return False
             self._phase = "cancelled"
-            return True
+        self._evaluation.cancel()
+        return True
+
+    def failed(self, error: BaseException) -> None:
+        """Tell that the backward request failed, after the loss was told."""
+        emit("server.exception", step=self.step, metadata={"error": error})
 
     def finish(self, reply: Any) -> CustomResult:
         """Check the reply to the backward, and put the result together."""

@@ -12,7 +12,8 @@ from jaxreg._arrays import to_numpy
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
-from jaxreg.client.local import Regularizers, as_objective, check_groups, linearize
+from jaxreg.client.evaluation import Evaluation
+from jaxreg.client.local import Regularizers, as_objective
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
@@ -57,10 +58,18 @@ class CustomLoss:
         side = self._side_data(data) if callable(self._side_data) else self._side_data
         rows = wire.read(data, side)
         arrays = [to_numpy(values).astype(np.float32) for values in logprobs]
-        check_groups(self._objective, len(rows))
-        _check_logprobs(arrays, [row[wire.TARGETS] for row in rows])
+        targets = [row[wire.TARGETS] for row in rows]
+        _check_logprobs(arrays, targets)
         key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
-        done = linearize(self._objective, TokenBatch.pack(rows), arrays, self.state, key)
+        batch = TokenBatch.pack(rows)
+        evaluation = Evaluation(self._objective, data, batch, targets, self.state, key, self._calls)
+        evaluation.begin()
+        try:
+            done = evaluation.at(arrays)
+        except BaseException as error:
+            evaluation.fail(error)
+            raise
+        evaluation.stop()
         self.output, self.state = done.output, done.output.state
         self._calls += 1
 

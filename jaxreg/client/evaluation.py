@@ -1,0 +1,232 @@
+"""One evaluation of an objective for a remote model: what is compiled, and what runs beside it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxreg._types import Array, PyTree
+from jaxreg.batch import TokenBatch
+from jaxreg.client.local import Linearized, check_groups, dry_run, linearize
+from jaxreg.host.callback import HostTerm
+from jaxreg.host.calls import HostCalls, HostResult, norm
+from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.objective import CompositeLoss
+from jaxreg.output import CustomLossOutput, RegularizerOutput
+from jaxreg.plan import Plan, shared
+from jaxreg.telemetry.events import emit, listening
+from jaxreg.telemetry.log import Inputs, log
+
+
+class Evaluation:
+    """`begin`, then `at` some logprobs, then `stop` or `fail`.
+
+    Args:
+      objective: all of it, host terms too.
+      data: the caller's datums, for the host terms.
+      batch: the same, packed.
+      like: the targets, whose shapes are the logprobs'.
+      state, key, step: of this step.
+    """
+
+    def __init__(
+        self,
+        objective: CompositeLoss,
+        data: Sequence[Any],
+        batch: TokenBatch,
+        like: Sequence[np.ndarray],
+        state: PyTree,
+        key: Array | None,
+        step: int | None,
+    ) -> None:
+        self._names = objective.names
+        self._compiled, host = part(objective)
+        self._data, self._batch, self._state, self._key, self._step = data, batch, state, key, step
+        self._weights = _weights(objective, host, state)
+        self._calls = HostCalls(host, list(like), step)
+        self._like = like
+        self._inputs: Inputs | None = None
+        self._output: CustomLossOutput
+        self._times: dict[str, float] = {}
+        self._began = time.perf_counter()
+        self._over = threading.Lock()  # taken by whoever tells the end of it, once
+        check_groups(self._compiled, len(data))
+        dry_run(self._compiled, batch, like, state, key)
+
+    def begin(self) -> None:
+        """Tell that the step begins, and start the host terms that read the data alone."""
+        self._began = time.perf_counter()
+        if listening():
+            tokens = int(np.sum(self._batch.lengths))
+            about = {"terms": self._names, "datums": len(self._data), "tokens": tokens}
+            emit("custom_loss.start", step=self._step, metadata=about)
+        self._calls.start(self._data)
+
+    def at(self, logprobs: Sequence[np.ndarray]) -> Linearized:
+        """The objective and its gradient; the host terms that read logprobs run meanwhile."""
+        arrived = time.perf_counter()
+        self._calls.start(self._data, list(logprobs))
+        if listening():
+            self._inputs = Inputs(self._compiled, list(logprobs), self._batch, self._state, self._key)
+        done = linearize(self._compiled, self._batch, logprobs, self._state, self._key)
+        computed = time.perf_counter()
+        if self._calls.terms:
+            try:
+                results = self._calls.collect()
+            except Exception as error:
+                error.add_note("No gradient was sent: the remote model is as it was.")
+                raise
+            done = _joined(done, results, self._weights, self._names)
+        self._times = {
+            "forward": arrived - self._began,
+            "objective": computed - arrived,
+            "host": time.perf_counter() - computed,
+        }
+        self._output = done.output
+        return done
+
+    def stop(self) -> None:
+        """Tell how it went."""
+        if self._over.acquire(blocking=False) and listening():
+            times = {"duration": time.perf_counter() - self._began, **self._times}
+            log(self._output, step=self._step, inputs=self._inputs, measurements=times)
+
+    def cancel(self) -> None:
+        """Cancel the host terms."""
+        self._calls.cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """Cancel the host terms, and tell what went wrong."""
+        self.cancel()
+        if self._over.acquire(blocking=False):
+            emit(
+                "custom_loss.exception",
+                step=self._step,
+                measurements={"duration": time.perf_counter() - self._began},
+                metadata={"error": error, "inputs": self._inputs},
+            )
+
+
+class _Parts(NamedTuple):
+    plan: Plan  # of what is compiled
+    kept: tuple[int, ...]  # which terms that is, the base loss first
+    host: tuple[HostRegularizer, ...]
+
+
+_PARTS: weakref.WeakKeyDictionary[Plan, _Parts] = weakref.WeakKeyDictionary()
+
+
+def part(objective: CompositeLoss) -> tuple[CompositeLoss, tuple[HostRegularizer, ...]]:
+    """The objective without its host terms, and these."""
+    parts = _PARTS.get(objective.plan)
+    if parts is None:
+        parts = _PARTS[objective.plan] = _parted(objective)
+    if not parts.host:
+        return objective, ()
+    leaves = objective.leaves
+    names = {parts.plan.names[i] for i in range(1, len(parts.plan.names))}
+    kept = leaves._replace(
+        constants={name: leaf for name, leaf in leaves.constants.items() if name in names},
+        held={name: leaf for name, leaf in leaves.held.items() if name in names},
+        terms=tuple(leaves.terms[i] for i in parts.kept),
+    )
+    return CompositeLoss(kept, parts.plan), parts.host  # type: ignore[call-arg]
+
+
+def _parted(objective: CompositeLoss) -> _Parts:
+    plan = objective.plan
+    fns = plan.fns(objective.leaves)
+    kept = tuple(i for i, fn in enumerate(fns) if not isinstance(fn, HostTerm))
+    host = tuple(fn.regularizer for fn in fns if isinstance(fn, HostTerm))
+    if not host:
+        return _Parts(plan, kept, ())
+
+    def these(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in kept)
+
+    lean = shared(
+        these(plan.names),
+        these(plan.parts),
+        these(plan.places),
+        these(plan.schedules),
+        plan.model,
+        plan.norms,
+    )
+    return _Parts(lean, kept, host)
+
+
+def _weights(
+    objective: CompositeLoss, host: Sequence[HostRegularizer], state: PyTree
+) -> dict[str, np.float32]:
+    constants = objective.constants
+    if any(callable(term.weight) for term in host):
+        constants = objective.weights(state)
+    return {term.name: np.float32(constants[term.name]) for term in host}
+
+
+def _joined(
+    done: Linearized,
+    results: Mapping[str, HostResult],
+    weights: Mapping[str, np.float32],
+    names: Sequence[str],
+) -> Linearized:
+    """The compiled terms' output and gradient with the host terms' added."""
+    output, gradients = done.output, [np.array(gradient) for gradient in done.gradients]
+    tracked = output.total_grad_norm is not None
+    per_datum = output.base_loss.grad_norm_per_datum
+    terms = dict(output.regularizers)
+    added = 0.0
+    for name, result in results.items():
+        weight = weights[name]
+        terms[name] = _report(name, weight, result, tracked, per_datum)
+        added += float(terms[name].contribution)
+        if result.gradient is not None:
+            for i, slope in enumerate(result.gradient):
+                gradients[i] += weight * slope
+    output = output.replace(  # type: ignore[attr-defined]
+        loss_total=np.float32(float(output.loss_total) + added),
+        regularizers=type(output.regularizers)((name, terms[name]) for name in names),
+        regularizer_total=np.float32(float(output.regularizer_total) + added),
+        total_grad_norm=np.float32(norm(gradients)) if tracked else None,
+    )
+    return Linearized(output, gradients)
+
+
+def _report(
+    name: str, weight: np.float32, result: HostResult, tracked: bool, per_datum: Any
+) -> RegularizerOutput:
+    gradient: list[np.ndarray] = result.gradient or []
+    length = np.float32(norm(gradient)) if tracked else None
+    by_datum = None
+    if tracked and per_datum is not None:
+        by_datum = np.zeros(np.shape(per_datum), np.float32)
+        by_datum[: len(gradient)] = [norm([slope]) for slope in gradient]
+    fields: dict[str, Any] = {
+        "value": np.float32(result.value),
+        "weight": weight,
+        "contribution": weight * np.float32(result.value),
+        "grad_norm": length,
+        "grad_norm_weighted": None if length is None else weight * length,
+        "custom": {key: np.float32(number) for key, number in result.metrics.items()},
+        "grad_norm_per_datum": by_datum,
+    }
+    return RegularizerOutput(name=name, **fields)
+
+
+_STEPS: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
+
+
+def step_of(client: Any, step: int | None) -> int | None:
+    """The step that the caller names, or how many this client has taken; None where it cannot be counted."""
+    if step is not None:
+        return step
+    try:
+        return next(_STEPS.setdefault(client, itertools.count()))
+    except TypeError:  # neither hashed nor weakly referenced
+        return None

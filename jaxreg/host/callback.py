@@ -1,0 +1,73 @@
+"""A host term inside a compiled program: a callback that XLA schedules, with the gradient it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg._types import Array, PyTree
+from jaxreg.host.calls import HostCalls
+from jaxreg.host.errors import HostTermError
+from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.host.rows import as_data, as_gradient, as_values
+
+FACTS = ("host_seconds", "host_age", "host_trains")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostTerm:
+    """``fn(x, batch)`` of a `HostRegularizer`."""
+
+    regularizer: HostRegularizer
+
+    def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        """Its value, with the host function's gradient, and its metrics."""
+        names = (*FACTS, *self.regularizer.metrics)
+        scalar = jax.ShapeDtypeStruct((), np.float32)
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), x)
+        value, gradient, *metrics = jax.pure_callback(
+            self._on_host,
+            (scalar, like, *[scalar] * len(names)),
+            jax.lax.stop_gradient(x),
+            jax.lax.stop_gradient(batch),
+            vmap_method="sequential",
+        )
+        return _with_gradient(x, value, gradient), dict(zip(names, metrics, strict=True))
+
+    def _on_host(self, x: PyTree, batch: PyTree) -> tuple[Any, ...]:
+        term = self.regularizer
+        values = as_values(x, batch)
+        calls = HostCalls([term], values)
+        calls.start(as_data(batch), values)
+        done = calls.collect()[term.name]
+        x = jax.tree.map(np.asarray, x)
+        gradient = (
+            jax.tree.map(np.zeros_like, x) if done.gradient is None else as_gradient(done.gradient, x, batch)
+        )
+        skipped = done.metrics["host_age"] < 0  # It has no metrics of its own then.
+        missing = [name for name in term.metrics if name not in done.metrics and not skipped]
+        if missing:
+            raise HostTermError(term.name, f"metrics= names {missing}, which fn did not return")
+        metrics = [np.float32(done.metrics.get(name, np.nan)) for name in (*FACTS, *term.metrics)]
+        return np.float32(done.value), gradient, *metrics
+
+
+@jax.custom_jvp
+def _with_gradient(x: PyTree, value: Array, gradient: PyTree) -> Array:
+    """``value``, whose derivative in x is ``gradient``."""
+    del x, gradient
+    return value
+
+
+@_with_gradient.defjvp
+def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    _, value, gradient = primals
+    along, _, _ = tangents
+    slopes = zip(jax.tree.leaves(gradient), jax.tree.leaves(along), strict=True)
+    return value, sum(
+        (jnp.sum(slope * step, dtype=value.dtype) for slope, step in slopes), jnp.zeros_like(value)
+    )

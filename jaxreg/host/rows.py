@@ -1,0 +1,63 @@
+"""How a host function sees a batch of arrays: one mapping a datum, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreg._types import PyTree
+from jaxreg.batch import TokenBatch
+
+
+class Row(dict[str, Any]):
+    """One datum's arrays by name: [T], [T, K] or a scalar.
+
+    A remote client hands a host function the API's own datums, which keep their arrays in
+    ``loss_fn_inputs``; so does a row, so that one function reads both.
+
+    Example:
+      >>> import numpy as np, jaxreg as jr
+      >>> row = jr.host.Row(reward=np.float32(1.0))
+      >>> row["reward"] == row.loss_fn_inputs["reward"]
+      True
+    """
+
+    @property
+    def loss_fn_inputs(self) -> Row:
+        """The row itself."""
+        return self
+
+
+def as_data(batch: PyTree) -> Any:
+    """A `TokenBatch` as one `Row` a datum; any other pytree as it is, with NumPy arrays."""
+    if not isinstance(batch, TokenBatch):
+        return jax.tree.map(np.asarray, batch)
+    columns = {name: batch.unpack(array) for name, array in batch.arrays.items()}
+    columns["mask"], columns["weights"] = batch.unpack(batch.mask), batch.unpack(batch.weights)
+    return [Row(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def as_values(x: PyTree, batch: PyTree) -> Any:
+    """What is differentiated: one array a datum beside a `TokenBatch`, else its pytree of arrays."""
+    x = jax.tree.map(_readable, x)
+    if isinstance(batch, TokenBatch) and isinstance(x, np.ndarray) and x.shape[:2] == batch.shape:
+        return batch.unpack(x)
+    return x
+
+
+def as_gradient(gradient: Any, x: PyTree, batch: PyTree) -> PyTree:
+    """A gradient shaped as `as_values` gave it, shaped as x; zero where padding is."""
+    if not (isinstance(batch, TokenBatch) and isinstance(gradient, list)):
+        return jax.tree.map(lambda slope, like: np.asarray(slope, like.dtype), gradient, x)
+    dense = np.zeros(x.shape, x.dtype)
+    rows = np.flatnonzero(np.asarray(batch.lengths))
+    for row, slope in zip(rows, gradient, strict=True):
+        dense[row, : len(slope)] = slope
+    return dense
+
+
+def _readable(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array if array.dtype.kind in "fiub" else array.astype(np.float32)  # bfloat16 is no NumPy type

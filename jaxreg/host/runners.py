@@ -1,0 +1,327 @@
+"""Where host functions run: in a thread a call, in an event loop of the term's own, or in processes.
+
+A runner starts a call and, at best, stops it. What cannot be stopped (a thread) is abandoned: it keeps its
+place among the ``max_concurrency`` calls until it ends, so that calls that hang cannot pile up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxreg.host.worker import Worker, WorkerDied
+
+STARTING = 120.0  # seconds that a worker process may take to start, beside the timeout
+GRACE = 0.2  # seconds in which an event loop answers if it is not blocked
+
+
+class Call(concurrent.futures.Future[Any]):
+    """One call of a host function, and when it has to be done."""
+
+    def __init__(self, timeout: float | None) -> None:
+        super().__init__()
+        self._timeout = timeout
+        self.began = time.monotonic()
+        self.ended: float | None = None
+        self.deadline = float("inf") if timeout is None else self.began + timeout
+        self.add_done_callback(lambda _: setattr(self, "ended", time.monotonic()))
+
+    def begins(self, allowance: float = 0.0) -> None:
+        """It begins now (after it waited for its place), or after what it is allowed for starting."""
+        self.began = time.monotonic()
+        self.deadline = float("inf") if self._timeout is None else self.began + allowance + self._timeout
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run, or ran."""
+        return (self.ended or time.monotonic()) - self.began
+
+    def settle(self, work: Callable[[], Any]) -> None:
+        """Its result is what ``work()`` gives or raises."""
+        try:
+            result = work()
+        except BaseException as error:  # SystemExit in a thread must not end it without a word
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+
+class Runner(Protocol):
+    """Starts calls of one function."""
+
+    def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        """Begin as soon as there is a place."""
+
+    def stop(self, call: Call) -> str:
+        """Cancel it as far as possible; what became of it, for the error."""
+
+    def close(self) -> None:
+        """Stop everything, and leave no thread, task or process behind that can be ended."""
+
+
+class Places:
+    """At most n calls at once; one that waits for its place can be sent away."""
+
+    def __init__(self, n: int) -> None:
+        self._n, self._free = n, n
+        self._changed = threading.Condition()
+
+    def enter(self, call: Call) -> bool:
+        """Wait for a place; False if the call was cancelled meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free > 0 or call.cancelled())
+            if not call.set_running_or_notify_cancel():
+                return False
+            self._free -= 1
+            return True
+
+    def leave(self) -> None:
+        """Give the place back."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+    def send_away(self, call: Call) -> str | None:
+        """Cancel a call that has no place yet, and say why it had none; None for one that has begun."""
+        if not call.cancel():
+            return None
+        with self._changed:
+            self._changed.notify_all()
+            busy = self._n - self._free
+        return f"it never began: {busy} earlier calls still run, and max_concurrency={self._n}"
+
+
+class Threads:
+    """A daemon thread a call, so that one that never returns keeps nobody from leaving."""
+
+    def __init__(self, fn: Callable[..., Any], name: str, max_concurrency: int) -> None:
+        self._fn, self._name = fn, name
+        self._places = Places(max_concurrency)
+        self._waiting: set[Call] = set()
+
+    def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        """Begin in a thread of its own."""
+        self._waiting.add(call)
+        call.add_done_callback(self._waiting.discard)
+        thread = threading.Thread(target=self._run, args=(call, arguments), name=self._name, daemon=True)
+        thread.start()
+
+    def stop(self, call: Call) -> str:
+        """Abandon it: a thread cannot be stopped."""
+        return self._places.send_away(call) or (
+            "its thread cannot be stopped and goes on; give what it waits for a timeout of its own, or run "
+            "it in a process (run='process')"
+        )
+
+    def close(self) -> None:
+        """Send away who waits."""
+        for call in tuple(self._waiting):
+            self._places.send_away(call)
+
+    def _run(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        if not self._places.enter(call):
+            return
+        try:
+            call.begins()
+            call.settle(lambda: self._fn(*arguments))
+        finally:
+            self._places.leave()
+
+
+class Processes:
+    """Worker processes that are kept between calls; one that runs too long is killed."""
+
+    def __init__(self, fn: Callable[..., Any], name: str, max_concurrency: int) -> None:
+        self._payload, self._name = pickle.dumps(fn), name
+        self._places = Places(max_concurrency)
+        self._lock = threading.Lock()
+        self._idle: list[Worker] = []
+        self._busy: dict[Call, Worker | None] = {}  # None until it has a worker
+
+    def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        """Begin in a worker process; a thread waits for it."""
+        with self._lock:
+            self._busy[call] = None
+        thread = threading.Thread(target=self._run, args=(call, arguments), name=self._name, daemon=True)
+        thread.start()
+
+    def stop(self, call: Call) -> str:
+        """Kill its process."""
+        if why := self._places.send_away(call):
+            return why
+        with self._lock:
+            worker = self._busy.pop(call, None)
+        if worker is not None:
+            worker.kill()
+        return "its process was killed"
+
+    def close(self) -> None:
+        """Kill every process."""
+        with self._lock:
+            calls, idle, self._idle = list(self._busy), self._idle, []
+        for call in calls:
+            self.stop(call)
+        for worker in idle:
+            worker.close()
+
+    def _run(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        if not self._places.enter(call):
+            with self._lock:
+                self._busy.pop(call, None)
+            return
+        try:
+            call.settle(lambda: self._work(call, pickle.dumps(arguments)))
+        finally:
+            self._places.leave()
+
+    def _work(self, call: Call, arguments: bytes) -> Any:
+        worker = self._worker(call)
+        try:
+            result = worker.ask(arguments)
+        except WorkerDied:
+            worker.close()
+            raise
+        except BaseException:
+            self._keep(call, worker)
+            raise
+        self._keep(call, worker)
+        return result
+
+    def _worker(self, call: Call) -> Worker:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        if worker is None:
+            call.begins(STARTING)
+            worker = Worker(self._payload, self._name)
+        with self._lock:
+            stopped = call not in self._busy
+            if not stopped:
+                self._busy[call] = worker
+        if stopped:
+            worker.close()
+            raise WorkerDied("it was stopped while its process started")
+        try:
+            worker.ready()
+        except BaseException:
+            worker.close()
+            raise
+        call.begins()
+        return worker
+
+    def _keep(self, call: Call, worker: Worker) -> None:
+        with self._lock:
+            if kept := call in self._busy:
+                del self._busy[call]
+                self._idle.append(worker)
+        if not kept:  # stopped: it is being killed
+            worker.close()
+
+
+class Coroutines:
+    """An event loop of the term's own, in a thread of its own: one that blocks it harms nobody else.
+
+    It is the same loop for every call, so that sessions opened in one call serve the next.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str, max_concurrency: int) -> None:
+        self._fn, self._name = fn, name
+        self._places = asyncio.Semaphore(max_concurrency)
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._tasks: dict[Call, asyncio.Task[None]] = {}  # touched in the loop only
+        self._answered: threading.Event | None = None  # set by the loop, once it is asked whether it lives
+
+    def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        """Begin in the loop."""
+        if self._answered is not None and not self._answered.is_set():
+            call.set_exception(RuntimeError("an earlier call still blocks its event loop; " + _BLOCKS))
+            return
+        loop = self._running_loop()
+        loop.call_soon_threadsafe(self._begin, call, arguments)
+
+    def stop(self, call: Call) -> str:
+        """Cancel its task; say so if the loop does not answer."""
+        never_began = call.cancel()
+        loop = self._loop
+        if loop is None:
+            return "its event loop is closed"
+        self._answered = threading.Event()
+        try:
+            loop.call_soon_threadsafe(self._cancel, call)
+            loop.call_soon_threadsafe(self._answered.set)
+        except RuntimeError:  # closed meanwhile
+            self._answered = None
+            return "its event loop is closed"
+        if not self._answered.wait(GRACE):
+            return "it blocks its event loop and could not be cancelled; " + _BLOCKS
+        return "it waited for its place among max_concurrency" if never_began else "it was cancelled"
+
+    def close(self) -> None:
+        """Cancel every task and end the thread; one that is blocked is left to end by itself."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(loop.stop)
+            if thread is not threading.current_thread():
+                thread.join(5 * GRACE)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=_run_loop, args=(self._loop,), name=self._name, daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    def _begin(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(call, arguments))
+        self._tasks[call] = task
+        task.add_done_callback(lambda _: self._tasks.pop(call, None))
+
+    def _cancel(self, call: Call) -> None:
+        if task := self._tasks.get(call):
+            task.cancel()
+
+    async def _run(self, call: Call, arguments: tuple[Any, ...]) -> None:
+        async with self._places:
+            if not call.set_running_or_notify_cancel():
+                return
+            call.begins()
+            try:
+                result = await self._fn(*arguments)
+            except asyncio.CancelledError:
+                call.set_exception(RuntimeError("its task was cancelled"))
+                raise
+            except BaseException as error:
+                call.set_exception(error)
+            else:
+                call.set_result(result)
+
+
+_BLOCKS = "declare it with `def`, and it runs in a thread, or await what it waits for"
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+        loop.run_until_complete(_cancel_all())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
