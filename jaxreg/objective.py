@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import step
+from jaxreg._compiles import calling
+from jaxreg._events import listening
 from jaxreg._types import Array, ArrayLike, PyTree, Schedule
 from jaxreg.output import CustomLossOutput
 from jaxreg.plan import Leaves, Plan
@@ -162,9 +165,12 @@ class CompositeLoss:
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
         """The compiled program, or its own body where somebody else is tracing already."""
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments))):
-            return body(self.plan, self.leaves, *arguments)
-        return self.plan.compiled(body)(self.leaves, *arguments)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments)))
+        run = functools.partial(body, self.plan) if traced else self.plan.compiled(body)
+        if not listening():
+            return run(self.leaves, *arguments)
+        with calling(self.plan, (self.leaves, *arguments), traced):
+            return run(self.leaves, *arguments)
 
     def _check_known(self, name: str) -> None:
         if name not in self.names:

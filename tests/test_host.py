@@ -185,7 +185,7 @@ class TestWeights:
         assert off.regularizers["count"].contribution == 0.0
 
     def test_equal_objectives_share_the_compiled_part(self):
-        from jaxreg.client.evaluation import part
+        from jaxreg.host.part import part
 
         with HostRegularizer("count", count, 1.0) as term:
             kl = jr.regularizers.KL()
@@ -524,9 +524,11 @@ class TestOnError:
 
     def test_raise_sends_nothing(self):
         client = Slow()
-        with HostRegularizer("kb", raises, 1.0) as term:
-            with pytest.raises(HostTermError, match="no such fact") as error:
-                jr.client.forward_backward_custom(client, make_data(), objective(term))
+        with (
+            HostRegularizer("kb", raises, 1.0) as term,
+            pytest.raises(HostTermError, match="no such fact") as error,
+        ):
+            jr.client.forward_backward_custom(client, make_data(), objective(term))
         assert client.order == ["forward"]
         assert "No gradient was sent" in error.value.__notes__[0]
 

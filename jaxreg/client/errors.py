@@ -42,7 +42,15 @@ class BadReply(RemoteError):
 
 
 class NonFiniteGradient(RemoteError):
-    """d(loss)/d(logprobs) is not finite; the terms that made it so are named, and nothing was sent."""
+    """d(loss)/d(logprobs) is not finite; the terms that made it so are named, and nothing was sent.
+
+    Attributes:
+      terms: their names, ``"base_loss"`` for the base loss; empty where only the weighted sum is not finite.
+      datum: the first datum that it happened to.
+    """
+
+    terms: tuple[str, ...] = ()
+    datum: int | None = None
 
 
 class LogprobDrift(RemoteError):

@@ -7,20 +7,19 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jaxreg._events import emit, listening
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
 from jaxreg.client.local import Linearized, check_groups, dry_run, linearize
-from jaxreg.host.callback import HostTerm
 from jaxreg.host.calls import HostCalls, HostResult, norm
+from jaxreg.host.part import part
 from jaxreg.host.regularizer import HostRegularizer
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput, RegularizerOutput
-from jaxreg.plan import Plan, shared
-from jaxreg.telemetry.events import emit, listening
 from jaxreg.telemetry.log import Inputs, log
 
 
@@ -111,54 +110,6 @@ class Evaluation:
                 measurements={"duration": time.perf_counter() - self._began},
                 metadata={"error": error, "inputs": self._inputs},
             )
-
-
-class _Parts(NamedTuple):
-    plan: Plan  # of what is compiled
-    kept: tuple[int, ...]  # which terms that is, the base loss first
-    host: tuple[HostRegularizer, ...]
-
-
-_PARTS: weakref.WeakKeyDictionary[Plan, _Parts] = weakref.WeakKeyDictionary()
-
-
-def part(objective: CompositeLoss) -> tuple[CompositeLoss, tuple[HostRegularizer, ...]]:
-    """The objective without its host terms, and these."""
-    parts = _PARTS.get(objective.plan)
-    if parts is None:
-        parts = _PARTS[objective.plan] = _parted(objective)
-    if not parts.host:
-        return objective, ()
-    leaves = objective.leaves
-    names = {parts.plan.names[i] for i in range(1, len(parts.plan.names))}
-    kept = leaves._replace(
-        constants={name: leaf for name, leaf in leaves.constants.items() if name in names},
-        held={name: leaf for name, leaf in leaves.held.items() if name in names},
-        terms=tuple(leaves.terms[i] for i in parts.kept),
-    )
-    return CompositeLoss(kept, parts.plan), parts.host  # type: ignore[call-arg]
-
-
-def _parted(objective: CompositeLoss) -> _Parts:
-    plan = objective.plan
-    fns = plan.fns(objective.leaves)
-    kept = tuple(i for i, fn in enumerate(fns) if not isinstance(fn, HostTerm))
-    host = tuple(fn.regularizer for fn in fns if isinstance(fn, HostTerm))
-    if not host:
-        return _Parts(plan, kept, ())
-
-    def these(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(values[i] for i in kept)
-
-    lean = shared(
-        these(plan.names),
-        these(plan.parts),
-        these(plan.places),
-        these(plan.schedules),
-        plan.model,
-        plan.norms,
-    )
-    return _Parts(lean, kept, host)
 
 
 def _weights(

@@ -114,8 +114,10 @@ def linearize(
     host = np.asarray(gradient)
     gradients = batch.unpack(host)  # without padding, where a term may have left what it likes
     if not np.isfinite(host).all() and (found := first_nonfinite(gradients)):
-        what = _blame(objective, x, batch, found, state, key)
-        raise NonFiniteGradient(what, step="objective", gradient_applied="no")
+        terms, what = _blame(objective, x, batch, found, state, key)
+        error = NonFiniteGradient(what, step="objective", gradient_applied="no")
+        error.terms, error.datum = terms, found[0]
+        raise error
     return Linearized(output, gradients)
 
 
@@ -126,17 +128,18 @@ def _blame(
     found: tuple[int, list[int], float],
     state: PyTree,
     key: Array | None,
-) -> str:
+) -> tuple[tuple[str, ...], str]:
     """Which terms' gradients are not finite, and where it begins. It compiles, but only after a failure."""
     i, at, number = found
     guilty = []
     for name in (BASE, *objective.names):
         slope = jax.jit(jax.grad(_value_of(objective, name, batch, state, key)))(x)
         if first_nonfinite(batch.unpack(slope)):  # not in the padding, which is nobody's business
-            guilty.append("the base loss" if name == BASE else f"term {name!r}")
-    return (
+            guilty.append(name)
+    names = " and ".join("the base loss" if name == BASE else f"term {name!r}" for name in guilty)
+    return tuple(guilty), (
         f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from "
-        f"{' and '.join(guilty) or 'the weighted sum: the gradient of each term alone is finite'}"
+        f"{names or 'the weighted sum: the gradient of each term alone is finite'}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxreg._arrays import to_numpy
+from jaxreg._events import emit
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
@@ -22,7 +23,6 @@ from jaxreg.client.slots import Slots
 from jaxreg.client.types import CustomResult, Drift
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
-from jaxreg.telemetry.events import emit
 
 
 class Task:

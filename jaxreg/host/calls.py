@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg._events import emit
 from jaxreg.host.errors import HostTermError, HostTermTimeout
 from jaxreg.host.regularizer import LOGGER, HostRegularizer
 from jaxreg.host.result import HostValue, read
 from jaxreg.host.runners import Call
-from jaxreg.telemetry.events import emit
 
 LOOK = 0.25  # seconds between two looks at the clock: a process that has started moves its own deadline
 

@@ -18,10 +18,10 @@ class Row(dict[str, Any]):
     ``loss_fn_inputs``; so does a row, so that one function reads both.
 
     Example:
-      >>> import numpy as np, jaxreg as jr
-      >>> row = jr.host.Row(reward=np.float32(1.0))
-      >>> row["reward"] == row.loss_fn_inputs["reward"]
-      True
+      >>> import jaxreg as jr
+      >>> row = jr.host.Row(reward=1.0)
+      >>> row["reward"], row.loss_fn_inputs["reward"]
+      (1.0, 1.0)
     """
 
     @property

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxreg._events import emit, listening
 from jaxreg._types import Array, PyTree
 from jaxreg.output import CustomLossOutput
-from jaxreg.telemetry.events import emit, listening
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,206 @@
+"""What happened, told to whoever asked: events, and the handlers that are attached to them.
+
+=============================  =========================================================================
+``custom_loss.start``          a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
+``custom_loss.stop``           it has its loss and gradient; measurements: ``duration`` (seconds) and its
+                               parts, if known; metadata: ``output`` (a `CustomLossOutput` of NumPy
+                               arrays), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
+                               the caller's), ``inputs`` (an `Inputs`, or None)
+``custom_loss.exception``      it failed; metadata: ``error``, ``inputs``
+``regularizer.compute.start``  a host term begins; metadata: ``term``
+``regularizer.compute.stop``   a term has its value; measurements: ``value``, ``weight``,
+                               ``contribution``, ``grad_norm`` and ``grad_norm_weighted`` where tracked,
+                               ``duration`` for host terms only: compiled terms have none of their own
+``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
+``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
+                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``
+``server.exception``           the remote backward request failed after the loss was told; metadata:
+                               ``error``
+``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
+=============================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+LOGGER = logging.getLogger("jaxreg.telemetry")
+SLOW = 0.1  # seconds that a handler may take for an event before it is called slow
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+      name: see the module's docstring.
+      step: the training step, or None where it is not known.
+      time: seconds since 1970.
+      measurements: numbers by name; durations are in seconds.
+      metadata: everything else by name.
+    """
+
+    name: str
+    step: int | None
+    time: float
+    measurements: Mapping[str, float]
+    metadata: Mapping[str, Any]
+
+
+Handler: TypeAlias = Callable[[Event], object]
+H = TypeVar("H", bound=Handler)
+
+
+class _Attached:
+    """A handler, and how it has behaved."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.slow, self.seconds = 0, 0.0
+
+    def hear(self, event: Event) -> bool:
+        """Tell the handler; False if it raised."""
+        began = time.perf_counter()
+        try:
+            self.handler(event)
+        except Exception:
+            LOGGER.exception(
+                "telemetry: the handler %r raised at %s and is detached; training goes on without it",
+                self.handler,
+                event.name,
+            )
+            return False
+        self._count(time.perf_counter() - began)
+        return True
+
+    def _count(self, seconds: float) -> None:
+        if seconds < SLOW:
+            return
+        self.slow, self.seconds = self.slow + 1, self.seconds + seconds
+        if self.slow in (1, 10, 100) or self.slow % 1000 == 0:
+            LOGGER.warning(
+                "telemetry: the handler %r is slow: %d events took longer than %g s each, %.2f s in all, and "
+                "the training loop waited; let it hand its work to a thread",
+                self.handler,
+                self.slow,
+                SLOW,
+                self.seconds,
+            )
+
+
+_attached: tuple[_Attached, ...] = ()  # replaced, never changed, so that reading needs no lock
+_lock = threading.RLock()  # reentrant: a handler may emit, attach and detach
+
+
+def attach(handler: H) -> H:
+    """Tell ``handler(event)`` every event from now on; gives the handler back.
+
+    Handlers are called one at a time, in the order in which they were attached, in the thread in which
+    the event happens. One that raises is logged (logger ``jaxreg.telemetry``) and detached; one that
+    takes longer than 0.1 s for an event is counted and logged.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> heard = []
+      >>> _ = jr.telemetry.attach(heard.append)
+      >>> objective = jr.compose(lambda x, batch: jnp.sum(x), [
+      ...     dict(name="l2", fn=lambda x, batch: jnp.sum(x**2), weight=0.5)])
+      >>> loss, out = objective(jnp.ones(3))
+      >>> jr.telemetry.log(out, step=0)
+      >>> jr.telemetry.detach(heard.append)
+      >>> [event.name for event in heard if event.name != "compile"]
+      ['regularizer.compute.stop', 'custom_loss.stop']
+    """
+    global _attached  # noqa: PLW0603 (the one list of handlers)
+    if not callable(handler):
+        raise TypeError(f"a handler is called with an Event; {type(handler).__name__} is not callable")
+    with _lock:
+        if any(entry.handler == handler for entry in _attached):
+            raise ValueError(f"{handler!r} is attached already")
+        _attached = (*_attached, _Attached(handler))
+        if len(_attached) == 1:
+            _on_first()
+    return handler
+
+
+def detach(handler: Handler) -> None:
+    """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored."""
+    if _remove(handler):
+        close = getattr(handler, "close", None)
+        if callable(close):
+            close()
+
+
+@contextlib.contextmanager
+def attached(*handlers: Handler) -> Iterator[tuple[Handler, ...]]:
+    """Attach handlers for the length of a with statement, and close those that have a ``close()``.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> with jr.telemetry.attached(print):
+      ...     pass
+    """
+    done: list[Handler] = []
+    try:
+        for handler in handlers:
+            done.append(attach(handler))
+        yield handlers
+    finally:
+        with contextlib.ExitStack() as stack:  # every one is closed, though another's close raise
+            for handler in done:
+                stack.callback(detach, handler)
+
+
+def listening() -> bool:
+    """Whether anybody is attached: where not, no event is made."""
+    return bool(_attached)
+
+
+def emit(
+    name: str,
+    *,
+    step: int | None = None,
+    measurements: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Tell every attached handler. Never raises what a handler raises."""
+    if not _attached:
+        return
+    event = Event(name, step, time.time(), measurements or {}, metadata or {})
+    with _lock:
+        for entry in _attached:
+            if not entry.hear(event):
+                _remove(entry.handler)
+
+
+_first: list[Callable[[], None]] = []
+_last: list[Callable[[], None]] = []
+
+
+def while_listening(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Run ``begin`` when somebody attaches and ``end`` when the last one is gone."""
+    _first.append(begin)
+    _last.append(end)
+
+
+def _on_first() -> None:
+    for begin in _first:
+        begin()
+
+
+def _remove(handler: Handler) -> bool:
+    global _attached  # noqa: PLW0603
+    with _lock:
+        left = tuple(entry for entry in _attached if entry.handler != handler)
+        found = len(left) < len(_attached)
+        _attached = left
+        if found and not left:
+            for end in _last:
+                end()
+    return found

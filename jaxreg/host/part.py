@@ -1,0 +1,59 @@
+"""An objective taken apart into what is compiled and what runs beside it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+from jaxreg.host.callback import HostTerm
+from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.objective import CompositeLoss
+from jaxreg.plan import Plan, shared
+
+
+class _Parts(NamedTuple):
+    plan: Plan  # of what is compiled
+    kept: tuple[int, ...]  # which terms that is, the base loss first
+    host: tuple[HostRegularizer, ...]
+
+
+_PARTS: weakref.WeakKeyDictionary[Plan, _Parts] = weakref.WeakKeyDictionary()
+
+
+def part(objective: CompositeLoss) -> tuple[CompositeLoss, tuple[HostRegularizer, ...]]:
+    """The objective without its host terms, and these."""
+    parts = _PARTS.get(objective.plan)
+    if parts is None:
+        parts = _PARTS[objective.plan] = _parted(objective)
+    if not parts.host:
+        return objective, ()
+    leaves = objective.leaves
+    names = {parts.plan.names[i] for i in range(1, len(parts.plan.names))}
+    kept = leaves._replace(
+        constants={name: leaf for name, leaf in leaves.constants.items() if name in names},
+        held={name: leaf for name, leaf in leaves.held.items() if name in names},
+        terms=tuple(leaves.terms[i] for i in parts.kept),
+    )
+    return CompositeLoss(kept, parts.plan), parts.host  # type: ignore[call-arg]
+
+
+def _parted(objective: CompositeLoss) -> _Parts:
+    plan = objective.plan
+    fns = plan.fns(objective.leaves)
+    kept = tuple(i for i, fn in enumerate(fns) if not isinstance(fn, HostTerm))
+    host = tuple(fn.regularizer for fn in fns if isinstance(fn, HostTerm))
+    if not host:
+        return _Parts(plan, kept, ())
+
+    def these(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in kept)
+
+    lean = shared(
+        these(plan.names),
+        these(plan.parts),
+        these(plan.places),
+        these(plan.schedules),
+        plan.model,
+        plan.norms,
+    )
+    return _Parts(lean, kept, host)

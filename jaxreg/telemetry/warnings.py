@@ -1,0 +1,168 @@
+"""What a run should be warned of: terms that do nothing, that take over, or that break; endless compiling."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxreg._events import Event, emit
+from jaxreg.spec import BASE, TOTAL
+from jaxreg.telemetry.diagnose import diagnose
+from jaxreg.telemetry.log import Inputs
+
+LOGGER = logging.getLogger("jaxreg.warnings")
+SHOWN = 3  # places of a number that is not finite
+
+
+class Warnings:
+    """A handler that looks out for trouble and tells it, once an episode, as a ``warning`` event and through
+    the logger ``jaxreg.warnings``. `JSONL`, `LiveTable` and the other sinks write the events down.
+
+    =================  ====================================================================================
+    kind               when
+    =================  ====================================================================================
+    ``zero_value``     a term's value has been exactly 0 for ``zero_steps`` steps, at a weight above 0
+    ``zero_gradient``  the same of its gradient's norm, where norms are tracked
+    ``dominates``      a regularizer has had more than ``share`` of the gradient (its weighted norm, of the
+                       sum of all terms' weighted norms) for ``share_steps`` steps
+    ``nonfinite``      a number is not finite: with the terms, and, where the step's inputs are known (they
+                       are with a remote model, and where the loop gives them to `log`), datum and token
+    ``recompiles``     the same objective was compiled ``compiles`` times within ``compile_steps`` steps:
+                       with what changed, shapes or functions
+    =================  ====================================================================================
+
+    A host term that gives no gradient says so itself, and is not warned of. A limit of None switches its
+    warning off.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> objective = jr.compose(lambda x, batch: jnp.sum(x), [
+      ...     dict(name="hinge", fn=lambda x, batch: jnp.sum(jnp.maximum(0.0, x - 9)), weight=1.0)])
+      >>> show = lambda event: event.name == "warning" and print(event.step, event.metadata["message"])
+      >>> with jr.telemetry.attached(jr.telemetry.Warnings(zero_steps=3), show):
+      ...     for step in range(5):
+      ...         jr.telemetry.log(objective(jnp.ones(3))[1], step=step)
+      2 term 'hinge': its value has been 0 for 3 steps
+    """
+
+    def __init__(
+        self,
+        *,
+        zero_steps: int | None = 100,
+        share: float | None = 0.95,
+        share_steps: int = 20,
+        compiles: int | None = 8,
+        compile_steps: int = 50,
+    ) -> None:
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"share is between 0 and 1, or None; got {share!r}")
+        for name, number in (
+            ("zero_steps", zero_steps),
+            ("share_steps", share_steps),
+            ("compiles", compiles),
+            ("compile_steps", compile_steps),
+        ):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} is a whole number ≥ 1, got {number!r}")
+        self._zero_steps, self._share, self._share_steps = zero_steps, share, share_steps
+        self._compiles, self._compile_steps = compiles, compile_steps
+        self._lasting: collections.Counter[tuple[str, str]] = collections.Counter()  # steps, by kind and term
+        self._broken: set[str] = set()  # terms that are not finite just now
+        self._steps = 0
+        self._compiled: dict[tuple[str, ...], collections.deque[int]] = {}  # at which steps, by program
+
+    def __call__(self, event: Event) -> None:
+        """Look at an event."""
+        if event.name == "custom_loss.stop":
+            self._steps += 1
+            report = event.metadata["report"]
+            self._look_at_terms(report, event.step)
+            self._look_at_numbers(report.get("nonfinite", []), event.step, event.metadata["inputs"])
+        elif event.name == "custom_loss.exception":
+            self._steps += 1
+            if terms := getattr(event.metadata["error"], "terms", ()):
+                self._look_at_numbers(terms, event.step, event.metadata["inputs"])
+        elif event.name == "compile":
+            self._look_at_compile(event)
+
+    def _look_at_terms(self, report: Mapping[str, Any], step: int | None) -> None:
+        terms: Mapping[str, Any] = report["regularizers"]
+        pull = {name: term["grad_norm_weighted"] for name, term in terms.items()}
+        pulls = [report["base_loss"]["grad_norm"], *pull.values()]
+        total = None if None in pulls else sum(pulls)
+        for name, term in terms.items():
+            on = bool(term["weight"])
+            moves = term["custom"].get("host_trains") != 0.0
+            self._zero("zero_value", "value", name, on and term["value"] == 0, step)
+            self._zero("zero_gradient", "gradient", name, on and moves and term["grad_norm"] == 0, step)
+            if self._share is not None:
+                has = pull[name] / total if total else 0.0
+                if self._lasts("dominates", name, has > self._share, self._share_steps):
+                    what = f"{has:.1%} of the gradient has been its for {self._share_steps} steps"
+                    _tell("dominates", name, f"term {name!r}: {what}", step, {"share": has})
+
+    def _zero(self, kind: str, what: str, name: str, is_zero: bool, step: int | None) -> None:
+        if self._zero_steps is not None and self._lasts(kind, name, is_zero, self._zero_steps):
+            _tell(kind, name, f"term {name!r}: its {what} has been 0 for {self._zero_steps} steps", step)
+
+    def _lasts(self, kind: str, name: str, holds: bool, steps: int) -> bool:
+        """Whether it has held for just this many steps; counting begins anew when it does not hold."""
+        if not holds:
+            self._lasting.pop((kind, name), None)
+            return False
+        self._lasting[kind, name] += 1
+        return self._lasting[kind, name] == steps
+
+    def _look_at_numbers(self, terms: Sequence[str], step: int | None, inputs: Inputs | None) -> None:
+        new = [name for name in terms if name not in self._broken]
+        self._broken = set(terms)
+        if not new:
+            return
+        places = [] if inputs is None else [str(finding) for finding in diagnose(inputs)]
+        more = f"; and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+        where = f" First: {'; then '.join(places[:SHOWN])}{more}" if places else ""
+        for name in new:
+            _tell("nonfinite", name, f"{_called(name)} not finite.{where}", step)
+
+    def _look_at_compile(self, event: Event) -> None:
+        if self._compiles is None:
+            return
+        key = (event.metadata["program"], *event.metadata["terms"])
+        at = self._compiled.setdefault(key, collections.deque(maxlen=self._compiles))
+        at.append(self._steps)
+        if len(at) == self._compiles and self._steps - at[0] <= self._compile_steps:
+            at.clear()
+            changed = event.metadata["changed"]
+            functions = any("another function" in what for what in changed)
+            remedy = (
+                "make the objective, its functions and its schedules once, before the loop"
+                if functions
+                else "pad to few shapes, as TokenBatch.pack does"
+            )
+            _tell(
+                "recompiles",
+                None,
+                f"{key[0]} was compiled {self._compiles} times within {self._compile_steps} steps; the last "
+                f"time since {'; '.join(changed)}. Perhaps: {remedy}",
+                event.step,
+            )
+
+
+def _called(name: str) -> str:
+    if name == TOTAL:
+        return "the total overflowed though every term is finite: it is"
+    return "the base loss is" if name == BASE else f"term {name!r} is"
+
+
+def _tell(
+    kind: str, term: str | None, message: str, step: int | None, numbers: Mapping[str, float] | None = None
+) -> None:
+    LOGGER.warning("%s%s", "" if step is None else f"step {step}: ", message)
+    emit(
+        "warning",
+        step=step,
+        measurements=numbers,
+        metadata={"kind": kind, "term": term, "message": message},
+    )
