@@ -3,8 +3,8 @@
 =============================  =========================================================================
 ``custom_loss.start``          a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
 ``custom_loss.stop``           it has its loss and gradient; measurements: ``duration`` (seconds) and its
-                               parts, if known; metadata: ``output`` (a `CustomLossOutput` of NumPy
-                               arrays), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
+                               parts, if known; metadata: ``output`` (its `CustomLossOutput` of
+                               floats), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
                                the caller's), ``inputs`` (an `Inputs`, or None)
 ``custom_loss.exception``      it failed; metadata: ``error``, ``inputs``
 ``regularizer.compute.start``  a host term begins; metadata: ``term``

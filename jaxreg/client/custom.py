@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.client.errors import RequestFailed
+from jaxreg.client.evaluation import step_of, telling_of_failure
 from jaxreg.client.local import Regularizers, as_objective
 from jaxreg.client.requests import arrival, wait
 from jaxreg.client.task import Task
@@ -94,7 +95,9 @@ def forward_backward_custom(
             "`future = await jaxreg.client.forward_backward_custom_async(...)`"
         )
     composed = as_objective(objective, regularizers, track_grad_norms)
-    task = Task(client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step)
+    step = step_of(client, step)
+    with telling_of_failure(step):
+        task = Task(client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step)
     with task:
         if task.logprobs is None:
             future = task.submit_forward()
@@ -125,9 +128,11 @@ async def forward_backward_custom_async(
     a thread. Cancelled before the backward request is handed over, it sends none.
     """
     composed = as_objective(objective, regularizers, track_grad_norms)
-    task = await asyncio.to_thread(
-        Task, client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step
-    )
+    step = step_of(client, step)
+    with telling_of_failure(step):
+        task = await asyncio.to_thread(
+            Task, client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step
+        )
     with task:
         try:
             if task.logprobs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -168,6 +169,16 @@ def _report(
         "grad_norm_per_datum": by_datum,
     }
     return RegularizerOutput(name=name, **fields)
+
+
+@contextlib.contextmanager
+def telling_of_failure(step: int | None) -> Iterator[None]:
+    """What fails before a step has begun (its data, a cancellation) is told, too."""
+    try:
+        yield
+    except BaseException as error:
+        emit("custom_loss.exception", step=step, metadata={"error": error, "inputs": None})
+        raise
 
 
 _STEPS: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()

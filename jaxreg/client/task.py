@@ -16,7 +16,7 @@ from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
 from jaxreg.client.errors import LogprobDrift
-from jaxreg.client.evaluation import Evaluation, step_of
+from jaxreg.client.evaluation import Evaluation
 from jaxreg.client.local import drift_between
 from jaxreg.client.requests import LOSS, submit
 from jaxreg.client.slots import Slots
@@ -50,7 +50,7 @@ class Task:
             raise ValueError(f"on_drift is 'warn', 'raise' or 'ignore', got {on_drift!r}")
         if top_k not in ("native", "unrolled"):
             raise ValueError(f"top_k is 'native' or 'unrolled', got {top_k!r}")
-        self.client, self.step = client, step_of(client, step)
+        self.client, self.step = client, step
         self.max_drift, self.on_drift = max_drift, on_drift
         self._rows = rows = wire.read(data)
         self.data = list(data)  # the caller may go on with theirs

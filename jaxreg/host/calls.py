@@ -136,7 +136,7 @@ class HostCalls:
             LOGGER.warning(
                 "%s; it %s (failure %d of this term)",
                 error,
-                "is left out" if last is None else f"counts with its last value, {age} steps old",
+                "is left out" if last is None else f"counts with its last value, of {age} steps ago",
                 failures,
             )
         if last is None:

@@ -169,3 +169,13 @@ def _lines(done: Replay) -> Iterator[str]:
 
 def _shown(number: float | None) -> str:
     return "–" if number is None else f"{number:.6g}"
+
+
+def summary(path: str | os.PathLike[str]) -> str:
+    """What a flight recording holds, in a line a step."""
+    lines = []
+    for recorded in read_recording(path):
+        numbers = [name for name, number in recorded.metrics.items() if not math.isfinite(number)]
+        bad = f"not finite: {', '.join(numbers)}" if numbers else "finite"
+        lines.append(f"step {recorded.step}: {recorded.error or bad}")
+    return "\n".join(lines)
