@@ -11,13 +11,13 @@ from jaxreg._types import Place, PyTree, TermFn
 from jaxreg.norms import GradNorms, as_grad_norms
 from jaxreg.objective import CompositeLoss
 from jaxreg.plan import Leaves, shared, who
-from jaxreg.spec import BASE, RegularizerSpec, as_spec, check_term, split_arrays
+from jaxreg.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, split_arrays
 from jaxreg.weights import weight_leaf
 
 
 def compose(
     loss_fn: TermFn,
-    regularizers: Iterable[RegularizerSpec | Mapping[str, Any]] = (),
+    regularizers: Iterable[Regularizer] = (),
     *,
     forward: Callable[..., PyTree] | None = None,
     track_grad_norms: bool | GradNorms = False,
@@ -28,7 +28,8 @@ def compose(
 
     Args:
       loss_fn: the base loss, ``fn(x, batch) -> value`` or ``(value, metrics)``.
-      regularizers: `RegularizerSpec`s, or mappings with the keys ``fn``, ``weight`` and ``name``.
+      regularizers: `RegularizerSpec`s, mappings with the keys ``fn``, ``weight`` and ``name``, or
+        `jaxreg.host.HostRegularizer`s.
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
         base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` the params. It
         may take ``key`` by keyword, for dropout.

@@ -22,7 +22,7 @@ import enum
 import inspect
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +75,23 @@ class RegularizerSpec:
             raise ValueError(f"term {self.name!r}: on must be 'outputs' or 'params', got {self.on!r}")
 
 
-def as_spec(spec: RegularizerSpec | Mapping[str, Any] | Any) -> RegularizerSpec:
+class MakesSpec(Protocol):
+    """A term that is more than a spec, such as a `jaxreg.host.HostRegularizer`."""
+
+    def as_spec(self) -> RegularizerSpec:
+        """The term as the objective takes it."""
+
+
+Regularizer: TypeAlias = RegularizerSpec | Mapping[str, Any] | MakesSpec
+
+
+def as_spec(spec: Regularizer) -> RegularizerSpec:
     """The spec itself, what a host term makes of itself, or a mapping's with fn, weight, name (and on)."""
     if isinstance(spec, RegularizerSpec):
         return spec
-    if callable(getattr(spec, "as_spec", None)):
-        return spec.as_spec()
+    make = getattr(spec, "as_spec", None)
+    if callable(make):
+        return cast(RegularizerSpec, make())
     if not isinstance(spec, Mapping):
         raise TypeError(
             f"a regularizer is a RegularizerSpec or a mapping with the keys fn, weight and name; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,10 @@ from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
 from jaxreg.plan import Plan, who
-from jaxreg.spec import BASE, RegularizerSpec, as_spec
+from jaxreg.spec import BASE, Regularizer, RegularizerSpec, as_spec
 
 _SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
-Regularizers = Iterable[RegularizerSpec | Mapping[str, Any]]
+Regularizers = Iterable[Regularizer]
 
 
 class Linearized(NamedTuple):

@@ -34,7 +34,8 @@ class HostRegularizer:
     It goes to `compose` like any other term, with a weight that ``with_weights`` and ``without`` change.
     With a remote model (`jaxreg.client`) it runs beside the compiled pass: all host terms of a step run at
     once; one that takes the data alone starts while the remote forward is under way, one that takes the
-    logprobs when they are there. In a jitted loop of your own it runs in a callback, when XLA gets there.
+    logprobs when they are there. In a jitted loop of your own it runs in a callback, when XLA gets there; on
+    the CPU, one callback after the other.
 
     Args:
       name: as in `RegularizerSpec`.
