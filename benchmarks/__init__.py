@@ -5,6 +5,9 @@ Run from the repository's root, with jaxreg installed or on PYTHONPATH::
     python -m benchmarks --torch-python PYTHON   # two cases timed, as Markdown tables
     python -m benchmarks compile                 # compile time of 32 terms
     python -m benchmarks programs --tpu v5e:2x4  # flops, bytes and collectives of the programs
+    python -m benchmarks client --torch-python PYTHON  # the client's own work a step
+    python -m benchmarks host                    # terms outside XLA, and the cost of telemetry
+    python -m benchmarks soak                    # 10,000 steps that fail and are cancelled: leaks?
 
 Every contestant is checked against float64 on the shapes that are timed, before it is timed.
 """

@@ -22,6 +22,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("compile", help="compile time of 32 terms")
     commands.add_parser("client", help="the client's own work a step; needs --torch-python")
+    commands.add_parser("host", help="host terms, and the cost of telemetry")
+    soak = commands.add_parser("soak", help="steps that fail and are cancelled: leaks? needs psutil")
+    soak.add_argument("--steps", type=int, default=10_000)
     programs = commands.add_parser("programs", help="flops, bytes, memory and collectives")
     programs.add_argument("--tpu", metavar="TOPOLOGY", help="such as v5e:2x4; needs jax[tpu]")
     options = parser.parse_args()
@@ -37,6 +40,12 @@ def main() -> None:
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
     elif options.command == "client":
         _run_client(options)
+    elif options.command == "host":
+        _run_host(options)
+    elif options.command == "soak":
+        from benchmarks.soak import run_soak
+
+        run_soak(options.steps)
     else:
         _run_cases(options)
 
@@ -56,6 +65,19 @@ def _run_client(options: argparse.Namespace) -> None:
     if options.write:
         path = Path(__file__).parent / f"results-client-{jax.__version__}.md"
         path.write_text(f"# The client with jax {jax.__version__}\n\n{machine(versions)}.\n\n{section}")
+
+
+def _run_host(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.host_case import host_tables
+    from benchmarks.table import machine
+
+    tables, where = host_tables(options.quick), machine({})
+    print(f"{tables}\n\n{where}")
+    if options.write:
+        path = Path(__file__).parent / f"results-host-{jax.__version__}.md"
+        path.write_text(f"# Host terms and telemetry with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
 def _run_cases(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers
 from jaxreg import telemetry as telemetry
 from jaxreg import testing as testing
+from jaxreg._version import __version__ as __version__
 from jaxreg.batch import TokenBatch as TokenBatch
 from jaxreg.compose import compose as compose
 from jaxreg.norms import GradNorms as GradNorms
@@ -14,5 +15,3 @@ from jaxreg.output import BaseLossOutput as BaseLossOutput
 from jaxreg.output import CustomLossOutput as CustomLossOutput
 from jaxreg.output import RegularizerOutput as RegularizerOutput
 from jaxreg.spec import RegularizerSpec as RegularizerSpec
-
-__version__ = "0.1.0"

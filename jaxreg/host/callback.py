@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import numpy as np
 from jaxreg._types import Array, PyTree
 from jaxreg.host.calls import HostCalls
 from jaxreg.host.errors import HostTermError
-from jaxreg.host.regularizer import HostRegularizer
 from jaxreg.host.rows import as_data, as_gradient, as_values
+
+if TYPE_CHECKING:
+    from jaxreg.host.regularizer import HostRegularizer
 
 FACTS = ("host_seconds", "host_age", "host_trains")
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxreg._events import emit
 from jaxreg.host.errors import HostTermError, HostTermTimeout
-from jaxreg.host.regularizer import LOGGER, HostRegularizer
 from jaxreg.host.result import HostValue, read
 from jaxreg.host.runners import Call
 
+if TYPE_CHECKING:
+    from jaxreg.host.regularizer import HostRegularizer
+
+LOGGER = logging.getLogger("jaxreg.host")
 LOOK = 0.25  # seconds between two looks at the clock: a process that has started moves its own deadline
 
 

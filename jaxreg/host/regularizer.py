@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import logging
 import pickle
 import threading
 import weakref
@@ -14,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from jaxreg._types import ArrayLike, Place, Schedule
+from jaxreg.host.callback import HostTerm
 from jaxreg.host.result import OWN, HostValue
 from jaxreg.host.runners import Coroutines, Processes, Runner, Threads
 from jaxreg.spec import RESERVED_METRICS, RegularizerSpec, check_name, check_weight
 
-LOGGER = logging.getLogger("jaxreg.host")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _RUNNERS: dict[str, Callable[..., Runner]] = {
     "coroutine": Coroutines,
@@ -158,8 +157,6 @@ class HostRegularizer:
 
     def as_spec(self) -> RegularizerSpec:
         """The term as `compose` takes it: a callback, when it is compiled."""
-        from jaxreg.host.callback import HostTerm  # which needs this class
-
         return RegularizerSpec(name=self.name, fn=HostTerm(self), weight=self.weight, on=self.on)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxreg._events import Event
+from jaxreg._version import __version__
 from jaxreg.telemetry.extras import need
 from jaxreg.telemetry.spans import Spans
 
@@ -45,8 +46,6 @@ class OpenTelemetry:
     """
 
     def __init__(self, tracer_provider: Any = None, meter_provider: Any = None) -> None:
-        from jaxreg import __version__
-
         trace = need("opentelemetry.trace", "otel", "OpenTelemetry")
         metrics = need("opentelemetry.metrics", "otel", "OpenTelemetry")
         meter = metrics.get_meter("jaxreg", __version__, meter_provider)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxreg import _msgpack
 from jaxreg._events import Event
 from jaxreg._types import PyTree
+from jaxreg._version import __version__
 from jaxreg.objective import CompositeLoss
 from jaxreg.telemetry.log import Inputs
 from jaxreg.telemetry.recording import from_plain, to_plain
@@ -175,13 +176,11 @@ class FlightRecorder:
         return next(path for name in names if not (path := self._folder / name).exists())
 
     def _write(self, kept: list[dict[str, Any]], reason: str, path: Path) -> Path:
-        import jaxreg
-
         data = _msgpack.encode(
             {
                 "format": FORMAT,
                 "version": VERSION,
-                "jaxreg": jaxreg.__version__,
+                "jaxreg": __version__,
                 "jax": jax.__version__,
                 "time": time.time(),
                 "reason": reason,
