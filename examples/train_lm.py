@@ -7,13 +7,13 @@ schedule; exact norms of every term's gradient in parameter space; about two min
     python examples/train_lm.py
     python examples/train_lm.py --without kl_bigram              # ablations
     python examples/train_lm.py --weight z_loss=0.01 --steps 200
+    python -m jaxreg watch runs/train_lm/run.jsonl               # from another terminal
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from flax import nnx
 from text import bigram_table, bits_per_byte_of_table, load_text
-from watching import TermsTable, plot_run
 
 import jaxreg as jr
 
@@ -106,7 +105,7 @@ def windows(text: jax.Array, table: jax.Array, starts: jax.Array) -> jr.TokenBat
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, write ``run.jsonl`` and ``terms.png``, and return the held-out bits per byte."""
+    """Train, write ``run.jsonl``, ``terms.png`` and a report, and return the held-out bits per byte."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     text, held_out = load_text()
@@ -158,28 +157,24 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     rng, state, began = np.random.default_rng(options.seed), objective.init(), time.perf_counter()
     log = options.out / "run.jsonl"
-    with log.open("w") as lines, TermsTable(options.steps) as view:
-
-        def record(step: int, out: jr.CustomLossOutput) -> None:
-            report = out.to_dict()
-            lines.write(json.dumps({"step": step, **report}) + "\n")
-            view.show(step, report)
-
+    log.unlink(missing_ok=True)  # JSONL goes on with a file that is there; this run is a new one
+    with jr.telemetry.attached(jr.telemetry.JSONL(log)), jr.telemetry.LiveTable(options.steps):
         last: jr.CustomLossOutput | None = None
         for step in range(options.steps):
             starts = rng.integers(0, len(text) - LENGTH - 1, BATCH)
             params, opt_state, out = train_step(objective, params, opt_state, state, text, starts)
             state = out.state
             if last is not None:  # one step behind, so that the host never waits for the device
-                record(step - 1, last)
+                jr.telemetry.log(last, step=step - 1)
             last = out
         if last is not None:
-            record(options.steps - 1, last)
+            jr.telemetry.log(last, step=options.steps - 1)
 
     after = bits_per_byte(params)
-    plot_run(log, options.out / "terms.png")
+    picture = jr.telemetry.plot(log, options.out / "terms.png")
+    page = jr.telemetry.report(log, out=options.out / "report")
     print(f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training")
-    print(f"a line a step in {log}, the picture in {options.out / 'terms.png'}")
+    print(f"a line a step in {log}, the picture in {picture}, the report in {page}")
     return {"before": before, "after": after}
 
 

@@ -20,7 +20,7 @@ def train_lm(monkeypatch):
         import train_lm
 
         yield train_lm
-    for name in ("train_lm", "text", "watching"):
+    for name in ("train_lm", "text"):
         sys.modules.pop(name, None)
 
 

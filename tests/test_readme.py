@@ -10,7 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_readmes_python_runs_and_the_ablations_compile_once(caplog):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     names = {}
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for block in blocks:

@@ -114,3 +114,33 @@ def test_what_does_not_fit_raises_before_the_sdk_sends_anything():
     objective = jr.compose(jr.losses.CrossEntropy(), [dict(name="suspect", fn=infinite, weight=1.0)])
     with pytest.raises(jr.client.NonFiniteGradient, match="'suspect'"):
         jr.client.as_custom_loss(objective)(data, logprobs(data))
+
+
+def test_host_terms_and_events():
+    def squares(data, logprobs):  # in PyTorch, as a judge may be
+        at = [torch.tensor(lp, requires_grad=True) for lp in logprobs]
+        value = sum((lp**2).sum() for lp in at)
+        value.backward()
+        return value, {}, [lp.grad for lp in at]
+
+    def compiled(x, batch):
+        return jnp.sum(jnp.square(batch.where(x)))
+
+    data = make_data()
+    values = logprobs(data)
+    heard = []
+    with jr.host.HostRegularizer("squares", squares, 0.5) as term, jr.telemetry.attached(heard.append):
+        callback = jr.client.as_custom_loss(jr.compose(jr.losses.CrossEntropy(), [term]))
+        loss, _ = callback(data, values)
+        loss.backward()
+    same = jr.compose(jr.losses.CrossEntropy(), [dict(name="squares", fn=compiled, weight=0.5)])
+    value, gradients = expected(same, data, values)
+    close(loss.item(), value)
+    for tensor, gradient in zip(values, gradients, strict=True):
+        close(tensor.grad.numpy(), gradient)
+    assert [e.name for e in heard if e.name != "compile"] == [
+        "custom_loss.start",
+        "regularizer.compute.start",
+        "regularizer.compute.stop",
+        "custom_loss.stop",
+    ]

@@ -193,10 +193,13 @@ class _Screen:
     """Where the table is drawn: a terminal, in place, or a stream, one after another."""
 
     def __init__(self, console: Console | None, lock: threading.Lock, refresh: float) -> None:
-        self._rich = need("jaxreg.telemetry.table", "console", "the live table")
+        need("rich", "console", "the live table")
         from rich.console import Console
         from rich.live import Live
 
+        from jaxreg.telemetry import table
+
+        self._table = table
         self._console = console or Console(highlight=False)
         self.live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._lock, self._view, self._whole = lock, dict[str, Any](), False
@@ -213,8 +216,8 @@ class _Screen:
             return ""
         height = None if self._whole else self._console.height
         with self._lock:  # rendered here, so that no step comes in between
-            lines = self._console.render_lines(self._rich.BoardTable(**self._view, height=height), pad=False)
-        return self._rich.Drawn(lines)
+            lines = self._console.render_lines(self._table.BoardTable(**self._view, height=height), pad=False)
+        return self._table.Drawn(lines)
 
     def show(self, view: Mapping[str, Any]) -> None:
         """Draw this from now on."""
@@ -225,7 +228,7 @@ class _Screen:
     def print(self, view: Mapping[str, Any]) -> None:
         """Print it once, below what was printed before."""
         with self._lock:
-            self._console.print(self._rich.BoardTable(**view), "")
+            self._console.print(self._table.BoardTable(**view), "")
 
     def stop(self) -> None:
         """Draw all of it a last time; the cursor and the streams are what they were."""

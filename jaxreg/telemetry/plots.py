@@ -138,8 +138,9 @@ class Drawing:
             for index, name in enumerate(hosted, len(names)):
                 self._line(axes, run, run.of(name, "host_seconds"), f"{name} (host)", index)
             axes.set_ylabel("seconds" if axes is panels[0] else "")
-            self._marks(axes, run)
         logarithmic(panels, self._drawn(panels))
+        for axes, run in zip(panels, self.runs, strict=True):
+            self._marks(axes, run)
         return self._finished(figure)
 
     def overview(self) -> bytes:
@@ -195,7 +196,7 @@ class Drawing:
             axes.tick_params(labelbottom=True)
         first = min(int(run.steps[0]) for run in self.runs)
         last = max(int(run.steps[-1]) for run in self.runs)
-        edge = 0.01 * (last - first) or 0.5
+        edge = max(0.01 * (last - first), 0.5, 1e-6 * max(abs(first), abs(last)))
         grid[0].set_xlim(first - edge, last + edge)
         return figure, list(grid[:count])
 

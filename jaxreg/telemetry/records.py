@@ -135,10 +135,9 @@ def record(data: Mapping[str, Any]) -> Record:
     for prefix, key in (("", "metrics"), ("timings/", "timings")):
         values |= _numbers(data.get(key), prefix)
     values |= _numbers(base.get("custom"), "loss/base/")
+    values["loss/total"], values["loss/base"] = _number(data["loss_total"]), _number(base.get("value"))
     flat = (
         ("time", data.get("time")),
-        ("loss/total", data["loss_total"]),
-        ("loss/base", base.get("value")),
         ("loss/regularizer_total", data.get("regularizer_total")),
         ("grad_norm/total", data.get("total_grad_norm")),
         ("grad_norm/base", base.get("grad_norm")),

@@ -105,8 +105,8 @@ def named_objective(name: str) -> CompositeLoss:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"{name!r}: the module {module_name!r} cannot be imported ({error}); run this in the folder where "
-            f"it lies, or put that on PYTHONPATH"
+            f"{name!r}: the module {module_name!r} cannot be imported ({error}); run this in the folder "
+            f"where it lies, or put that on PYTHONPATH"
         ) from error
     found = module
     for part_name in attribute.split("."):

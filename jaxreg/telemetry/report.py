@@ -36,8 +36,8 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Drawing], bytes | None]], ...] = 
     (
         "gradient-share",
         "Share of the gradient",
-        "Each term's weighted gradient norm, as a part of the sum of all of them. The sum and not the norm "
-        "of the total, because gradients may cancel, and parts of what is left would add up to anything.",
+        "Each term's weighted gradient norm, as a part of the sum of all of them: not of the norm of the "
+        "total, in which gradients may cancel.",
         Drawing.shares,
     ),
     (
@@ -205,30 +205,26 @@ class _Page:
         if name not in self._pictures:
             return ""
         light, dark = map(data_uri, self._pictures[name])
+        alt = escaped(self._alt(name, heading), LONGEST)
         wide = " wide" if len(self._runs) > 1 else ""
         return (
             f'<section>\n<h2>{heading}</h2>\n<p class="says">{says}</p>\n'
             f'<figure class="plot{wide}" tabindex="0"><picture>'
             f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escaped(self._alt(name, heading))}"></picture></figure>\n</section>'
+            f'<img src="{light}" alt="{alt}"></picture></figure>\n</section>'
         )
 
     def _alt(self, name: str, heading: str) -> str:
-        """The picture in words: where the largest ones end."""
+        """The picture in words: where its largest curves end."""
         said = []
-        for run, facts in zip(self._runs, self._facts, strict=True):
-            keys = {"contributions": "end", "weights": "weight", "gradient-share": "share"}
-            if (key := keys.get(name)) is None:
-                continue
-            rows = [f for f in facts if f.name != TOTAL and not math.isnan(getattr(f, key))]
-            if name == "weights":
-                rows = [f for f in rows if f.name != BASE]
-            rows.sort(key=lambda f: -abs(getattr(f, key)))
-            show = percent if key == "share" else number
-            ends = ", ".join(f"{called(f.name)} {show(getattr(f, key))}" for f in rows[:5])
-            said.append(f"{run.name} ends with {ends}" if ends else run.name)
+        for run in self._runs:
+            ends = [(what, mean(ending(values))) for what, values in _curves(run, name)]
+            known = sorted((e for e in ends if math.isfinite(e[1])), key=lambda end: -abs(end[1]))
+            show = percent if name == "gradient-share" else number
+            curves = ", ".join(f"{called(what)} {show(end)}" for what, end in known[:5])
+            said.append(f"{run.name} ends with {curves or 'no number'}")
         span = f"steps {min(r.steps[0] for r in self._runs):,} to {max(r.steps[-1] for r in self._runs):,}"
-        return f"{heading} over {span}. {'; '.join(said)}".strip() + "."
+        return f"{heading} over {span}. {'; '.join(said)}."
 
     def _summary(self, run: Run, facts: Sequence[Facts]) -> str:
         heads = ("term", "last", "mean, last 10 %", "min", "max", "weight", "grad share", "not finite")
@@ -264,9 +260,11 @@ class _Page:
             was, now = (math.nan if f is None else f.end for f in (left, right))
             shares = [math.nan if f is None else f.share for f in (left, right)]
             change = now - was
-            relative = f"{change / abs(was):+.1%}" if was and not math.isnan(change) else "–"
-            signed = "–" if math.isnan(change) else f"{change:+.4g}"
-            rows.append([cell, number(was), number(now), signed, relative, *map(percent, shares)])
+            sign = "+" if change > 0 else ""
+            relative = sign + percent(change / abs(was)) if was else "–"
+            rows.append(
+                [cell, *map(number, (was, now)), sign + number(change), relative, *map(percent, shares)]
+            )
         heads = ("term", a, b, "difference", "relative", f"grad share, {a}", f"grad share, {b}")
         return (
             f"<section>\n<h2>Differences: {b} against {a}</h2>\n"
@@ -311,6 +309,19 @@ class _Page:
         )
 
 
+def _curves(run: Run, picture: str) -> list[tuple[str, np.ndarray]]:
+    """What a picture shows of a run, by name."""
+    if picture == "timings":
+        return [(n.partition("/")[2], run.series(n)) for n in run.names if n.startswith("timings/")]
+    if picture == "gradient-share":
+        return [(name, run.share(name)) for name in (BASE, *run.terms)]
+    key = {"contributions": "contribution", "gradient-norms": "grad_norm_weighted", "weights": "weight"}[
+        picture
+    ]
+    names = run.terms if picture == "weights" else (BASE, *run.terms)
+    return [(name, run.of(name, key)) for name in names]
+
+
 def _note(note: Note) -> str:
     step = "" if note.step is None else f"step {note.step:,}"
     what = {"error": "exception", "compile": "compile"}.get(note.level) or str(
@@ -352,21 +363,21 @@ def called(name: str) -> str:
 
 def number(value: float) -> str:
     """Four digits, or a dash where there is none."""
-    return "–" if math.isnan(value) else f"{value:.4g}".replace("-", "−")
+    return "–" if not math.isfinite(value) else f"{value:.4g}".replace("-", "−")
 
 
 def percent(share: float) -> str:
-    """A share of the gradient.
+    """A part of a whole.
 
     Example:
       >>> percent(0.1234), percent(0.0001), percent(0.0), percent(math.nan)
       ('12.3 %', '<0.1 %', '0 %', '–')
     """
-    if math.isnan(share):
+    if not math.isfinite(share):
         return "–"
     if share == 0:
         return "0 %"
-    return "<0.1 %" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", " %")
+    return "<0.1 %" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", " %").replace("-", "−")
 
 
 def duration(seconds: float) -> str:

@@ -198,7 +198,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if not len(run.steps):
         what = f"none of its {run.skipped:,} lines is one" if run.skipped else "it is empty so far"
         if run.notes:
-            what = f"only {len(run.notes)} notes"
+            what = f"only {len(run.notes)} note{'s' * (len(run.notes) > 1)}"
         raise ValueError(f"{path} holds no step of a run: {what}")
     return run
 

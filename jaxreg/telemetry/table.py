@@ -198,7 +198,7 @@ def _number_column(heading: str, key: str) -> Column:
     def cell(row: Row, signs: Signs, width: int) -> Text:
         value = getattr(row, key)
         if math.isnan(value):
-            if row.name == "" and not row.broken:
+            if row.name == "" and not (row.broken and key == "contribution"):
                 return Text()  # the total has no value and no weight of its own
             return Text(signs.broken if row.broken else signs.missing, BAD if row.broken else DIM)
         return Text(f"{value:.4g}", DIM if row.weight == 0 else "")
