@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+import jaxreg as jr
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -17,4 +19,7 @@ def test_the_readmes_python_runs_and_the_ablations_compile_once(caplog):
             exec(compile(block, "README.md", "exec"), names)
     compiled = [r.message for r in caplog.records if "Compiling jit(loss_of)" in r.message]
     assert len(compiled) == 1, [r.message for r in caplog.records][:5]
-    assert names["out"].base_loss.grad_norm > 0
+    assert names["result"].output.base_loss.grad_norm > 0
+    assert names["output"].regularizers["style"].grad_norm > 0
+    run = jr.telemetry.read_run(Path(names["folder"]) / "run.jsonl")
+    assert run.steps.tolist() == [0, 1, 2, 3, 4, 5]
