@@ -40,7 +40,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
-_known: dict[tuple[str, ...], _Signature] = {}  # by the names of an objective's terms
+_known: dict[tuple[tuple[str, ...], int], _Signature] = {}  # by the program's and terms' names, and functions
 _MOST_KNOWN = 256
 
 
@@ -83,15 +83,23 @@ def _on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
 
 
 def _tell(program: str, plan: Plan, signature: _Signature, seconds: float) -> None:
-    key = (program, *plan.names)
-    before = _known.pop(key, None)
-    _known[key] = signature
+    functions = hash(tuple(signature.functions.items()))
+    name = (program, *plan.names)
+    before = _known.pop((name, functions), None)
+    if before is None:  # another objective of this name, the latest
+        before = next((old for (other, _), old in reversed(_known.items()) if other == name), None)
+    _known[name, functions] = signature
     if len(_known) > _MOST_KNOWN:
         del _known[next(iter(_known))]
     emit(
         "compile",
         measurements={"duration": seconds},
-        metadata={"program": program, "changed": _changed(before, signature), "terms": plan.names[1:]},
+        metadata={
+            "program": program,
+            "changed": _changed(before, signature),
+            "terms": plan.names[1:],
+            "functions": functions,
+        },
     )
 
 

@@ -13,7 +13,8 @@
                                ``duration`` for host terms only: compiled terms have none of their own
 ``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
 ``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
-                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``
+                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``,
+                               ``functions`` (a number that tells objectives of equal names apart)
 ``server.exception``           the remote backward request failed after the loss was told; metadata:
                                ``error``
 ``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
@@ -22,6 +23,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -102,8 +104,9 @@ def attach(handler: H) -> H:
     """Tell ``handler(event)`` every event from now on; gives the handler back.
 
     Handlers are called one at a time, in the order in which they were attached, in the thread in which
-    the event happens. One that raises is logged (logger ``jaxreg.telemetry``) and detached; one that
-    takes longer than 0.1 s for an event is counted and logged.
+    the event happens, or in one that is telling events just then. One that raises is logged (logger
+    ``jaxreg.telemetry``), detached and closed; one that takes longer than 0.1 s for an event is counted
+    and logged.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -131,10 +134,11 @@ def attach(handler: H) -> H:
 
 def detach(handler: Handler) -> None:
     """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored."""
+    with _lock:
+        while _untold:  # what happened before it goes
+            _tell(_untold.popleft())
     if _remove(handler):
-        close = getattr(handler, "close", None)
-        if callable(close):
-            close()
+        _close(handler)
 
 
 @contextlib.contextmanager
@@ -169,14 +173,45 @@ def emit(
     measurements: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Tell every attached handler. Never raises what a handler raises."""
+    """Tell every attached handler. Never raises what a handler raises, and never waits for one.
+
+    Where another thread is telling handlers just now, it tells this event, too: a host term in a compiled
+    program must not wait for a handler that waits for that program.
+    """
     if not _attached:
         return
-    event = Event(name, step, time.time(), measurements or {}, metadata or {})
-    with _lock:
-        for entry in _attached:
-            if not entry.hear(event):
-                _remove(entry.handler)
+    _untold.append(Event(name, step, time.time(), measurements or {}, metadata or {}))
+    _tell_all()
+
+
+_untold: collections.deque[Event] = collections.deque()
+
+
+def _tell_all() -> None:
+    while _untold and _lock.acquire(blocking=False):
+        try:
+            while _untold:
+                _tell(_untold.popleft())
+        finally:
+            _lock.release()
+
+
+def _tell(event: Event) -> None:
+    stopped: BaseException | None = None
+    for entry in _attached:
+        if entry not in _attached:  # detached by a handler before it
+            continue
+        try:
+            good = entry.hear(event)
+        except BaseException as error:  # Ctrl-C; the others hear the event all the same
+            stopped = error
+            continue
+        if not good:
+            _remove(entry.handler)
+            with contextlib.suppress(Exception):  # it is broken, and was logged
+                _close(entry.handler)
+    if stopped is not None:
+        raise stopped
 
 
 _first: list[Callable[[], None]] = []
@@ -190,8 +225,22 @@ def while_listening(begin: Callable[[], None], end: Callable[[], None]) -> None:
 
 
 def _on_first() -> None:
-    for begin in _first:
-        begin()
+    _quietly(_first)
+
+
+def _quietly(calls: list[Callable[[], None]]) -> None:
+    """JAX's listeners may have been cleared by somebody else; that is no reason to stop a training run."""
+    for call in calls:
+        try:
+            call()
+        except Exception:
+            LOGGER.debug("telemetry: %r failed", call, exc_info=True)
+
+
+def _close(handler: Handler) -> None:
+    close = getattr(handler, "close", None)
+    if callable(close):
+        close()
 
 
 def _remove(handler: Handler) -> bool:
@@ -201,6 +250,5 @@ def _remove(handler: Handler) -> bool:
         found = len(left) < len(_attached)
         _attached = left
         if found and not left:
-            for end in _last:
-                end()
+            _quietly(_last)
     return found

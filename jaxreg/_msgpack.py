@@ -31,9 +31,9 @@ class DecodeError(ValueError):
     """Bytes that are no message of ours, or one beyond the bounds."""
 
 
-def encode(tree: Any) -> bytes:
+def encode(tree: Any, *, max_depth: int = MAX_DEPTH) -> bytes:
     """A tree of dicts (with string keys), lists, plain values and arrays as bytes."""
-    _check(tree, DTYPES, MAX_DEPTH)
+    _check(tree, DTYPES, max_depth)
     _Count(ValueError).of(tree)
     return msgpack.packb(tree, default=_encode_array, use_bin_type=True, strict_types=True)
 
@@ -144,7 +144,7 @@ def _decode_array(raw: bytes, dtypes: Collection[str]) -> np.ndarray:
     kind = np.dtype(dtype).newbyteorder("<")
     if math.prod(shape) * kind.itemsize != len(raw) - end:
         raise DecodeError(f"an array of shape {shape} and {len(raw) - end} bytes of {dtype}")
-    if dtype == "bool" and any(byte > 1 for byte in raw[end:]):
+    if dtype == "bool" and (np.frombuffer(raw, np.uint8, offset=end) > 1).any():
         raise DecodeError("a boolean that is neither 0 nor 1")
     # A copy in the machine's own byte order: writable, and aligned.
     return np.frombuffer(raw, kind, offset=end).reshape(shape).astype(np.dtype(dtype))

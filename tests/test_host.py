@@ -32,8 +32,8 @@ def run(term, data=DATA, logprobs=LIKE):
 
 
 def ours():
-    """The threads that are jaxreg's."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("jaxreg-")]
+    """The threads of host terms."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("jaxreg-host-")]
 
 
 def eventually(holds):
@@ -377,18 +377,20 @@ class TestBadInput:
             release.wait()
             return 1.0
 
+        messages = []
         with HostRegularizer("kb", hangs, 1.0, timeout=0.1, max_concurrency=2) as term:
-            messages = []
-            for _ in range(5):
-                with pytest.raises(HostTermTimeout) as error:
-                    run(term)
-                messages.append(str(error.value))
-            assert eventually(lambda: len(ours()) == 2)
-            assert all("cannot be stopped" in message for message in messages[:2])
-            assert all("2 earlier calls still run, and max_concurrency=2" in m for m in messages[2:])
-            release.set()
+            try:
+                for _ in range(5):
+                    with pytest.raises(HostTermTimeout) as error:
+                        run(term)
+                    messages.append(str(error.value))
+                assert eventually(lambda: len(ours()) == 2)
+            finally:
+                release.set()
             assert eventually(lambda: not ours())
             assert run(term).value == 1.0
+        assert all("cannot be stopped" in message for message in messages[:2])
+        assert all("2 earlier calls still run, and max_concurrency=2" in m for m in messages[2:])
 
     def test_a_coroutine_that_never_returns_is_cancelled(self):
         seen = []
@@ -413,11 +415,13 @@ class TestBadInput:
             return 1.0
 
         with HostRegularizer("kb", blocks, 1.0, timeout=0.1) as term:
-            with pytest.raises(HostTermTimeout, match="blocks its event loop.*declare it with `def`"):
-                run(term)
-            with pytest.raises(HostTermError, match="still blocks"):
-                run(term)
-            release.set()
+            try:
+                with pytest.raises(HostTermTimeout, match="blocks its event loop.*declare it with `def`"):
+                    run(term)
+                with pytest.raises(HostTermError, match="still blocks"):
+                    run(term)
+            finally:
+                release.set()
             assert eventually(lambda: term.runtime.runner._answered.is_set())
             assert run(term).value == 1.0
 

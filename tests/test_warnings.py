@@ -19,8 +19,8 @@ def run(steps, warnings, objective, **norms):
     return [(event.step, event.metadata["kind"], event.metadata["term"]) for event in heard], heard
 
 
-def hinge(weight=1.0, norms=True):
-    term = dict(name="hinge", fn=lambda x, batch: jnp.sum(jnp.maximum(0.0, x)), weight=weight)
+def hinge(weight=1.0, norms=True, name="hinge"):
+    term = dict(name=name, fn=lambda x, batch: jnp.sum(jnp.maximum(0.0, x)), weight=weight)
     return jr.compose(lambda x, batch: jnp.sum(x), [term], track_grad_norms=norms)
 
 
@@ -100,7 +100,7 @@ class TestNonfinite:
 class TestRecompiles:
     def test_shapes(self):
         heard = []
-        objective = hinge()
+        objective = hinge(name="of_many_shapes")
         with attached(Warnings(**OFF | {"compiles": 4}), heard.append):
             for n in range(1, 6):
                 log(objective.value_and_grad(jnp.ones(n))[0][1], step=n)
@@ -112,11 +112,11 @@ class TestRecompiles:
     def test_functions(self):
         heard = []
         with attached(Warnings(**OFF | {"compiles": 3}), heard.append):
-            kept = [hinge() for _ in range(3)]
+            kept = [hinge(name="made_anew") for _ in range(4)]
             for objective in kept:
                 objective(jnp.ones(1))
         (event,) = [e for e in heard if e.name == "warning"]
-        assert "term 'hinge': another function" in event.metadata["message"]
+        assert "term 'made_anew': another function" in event.metadata["message"]
         assert "once, before the loop" in event.metadata["message"]
 
 

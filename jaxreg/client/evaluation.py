@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import threading
 import time
 import weakref
@@ -15,10 +16,13 @@ import numpy as np
 from jaxreg._events import emit, listening
 from jaxreg._types import Array, PyTree
 from jaxreg.batch import TokenBatch
+from jaxreg.client.errors import NonFiniteGradient
 from jaxreg.client.local import Linearized, check_groups, dry_run, linearize
+from jaxreg.client.wire import first_nonfinite
 from jaxreg.host.calls import HostCalls, HostResult, norm
 from jaxreg.host.part import part
 from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.host.rows import masked
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput, RegularizerOutput
 from jaxreg.telemetry.log import Inputs, log
@@ -66,12 +70,16 @@ class Evaluation:
             tokens = int(np.sum(self._batch.lengths))
             about = {"terms": self._names, "datums": len(self._data), "tokens": tokens}
             emit("custom_loss.start", step=self._step, metadata=about)
-        self._calls.start(self._data)
+        try:
+            self._calls.start(self._data)
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def at(self, logprobs: Sequence[np.ndarray]) -> Linearized:
         """The objective and its gradient; the host terms that read logprobs run meanwhile."""
         arrived = time.perf_counter()
-        self._calls.start(self._data, list(logprobs))
+        self._calls.start(self._data, [_read_only(values) for values in logprobs])
         if listening():
             self._inputs = Inputs(self._compiled, list(logprobs), self._batch, self._state, self._key)
         done = linearize(self._compiled, self._batch, logprobs, self._state, self._key)
@@ -82,7 +90,8 @@ class Evaluation:
             except Exception as error:
                 error.add_note("No gradient was sent: the remote model is as it was.")
                 raise
-            done = _joined(done, results, self._weights, self._names)
+            masks = self._batch.unpack(self._batch.mask)
+            done = _joined(done, results, self._weights, self._names, masks)
         self._times = {
             "forward": arrived - self._began,
             "objective": computed - arrived,
@@ -127,8 +136,13 @@ def _joined(
     results: Mapping[str, HostResult],
     weights: Mapping[str, np.float32],
     names: Sequence[str],
+    masks: Sequence[np.ndarray],
 ) -> Linearized:
-    """The compiled terms' output and gradient with the host terms' added."""
+    """The compiled terms' output and gradient with the host terms' added.
+
+    Raises:
+      NonFiniteGradient: a weight makes a host term's gradient so, or the sum overflows.
+    """
     output, gradients = done.output, [np.array(gradient) for gradient in done.gradients]
     tracked = output.total_grad_norm is not None
     per_datum = output.base_loss.grad_norm_per_datum
@@ -136,11 +150,22 @@ def _joined(
     added = 0.0
     for name, result in results.items():
         weight = weights[name]
-        terms[name] = _report(name, weight, result, tracked, per_datum)
+        slopes = [masked(slope, mask) for slope, mask in zip(result.gradient or (), masks, strict=False)]
+        terms[name] = _report(name, weight, result, slopes, tracked, per_datum)
         added += float(terms[name].contribution)
-        if result.gradient is not None:
-            for i, slope in enumerate(result.gradient):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, slope in enumerate(slopes):
                 gradients[i] += weight * slope
+        if slopes and (found := first_nonfinite(gradients)):
+            i, at, number = found
+            error = NonFiniteGradient(
+                f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from term {name!r} at its "
+                f"weight of {weight:g}, or from the sum with the terms before it",
+                step="objective",
+                gradient_applied="no",
+            )
+            error.terms, error.datum = (name,), i
+            raise error
     output = output.replace(  # type: ignore[attr-defined]
         loss_total=np.float32(float(output.loss_total) + added),
         regularizers=type(output.regularizers)((name, terms[name]) for name in names),
@@ -151,9 +176,13 @@ def _joined(
 
 
 def _report(
-    name: str, weight: np.float32, result: HostResult, tracked: bool, per_datum: Any
+    name: str,
+    weight: np.float32,
+    result: HostResult,
+    gradient: Sequence[np.ndarray],
+    tracked: bool,
+    per_datum: Any,
 ) -> RegularizerOutput:
-    gradient: list[np.ndarray] = result.gradient or []
     length = np.float32(norm(gradient)) if tracked else None
     by_datum = None
     if tracked and per_datum is not None:
@@ -169,6 +198,13 @@ def _report(
         "grad_norm_per_datum": by_datum,
     }
     return RegularizerOutput(name=name, **fields)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view for host functions, which must not edit what the compiled pass reads meanwhile."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 @contextlib.contextmanager
@@ -187,7 +223,7 @@ _STEPS: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionar
 def step_of(client: Any, step: int | None) -> int | None:
     """The step that the caller names, or how many this client has taken; None where it cannot be counted."""
     if step is not None:
-        return step
+        return operator.index(step)
     try:
         return next(_STEPS.setdefault(client, itertools.count()))
     except TypeError:  # neither hashed nor weakly referenced

@@ -16,6 +16,7 @@ from jaxreg.batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
 from jaxreg.client.wire import first_nonfinite
 from jaxreg.compose import compose
+from jaxreg.host.callback import HostTerm
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
@@ -24,6 +25,7 @@ from jaxreg.spec import BASE, Regularizer, RegularizerSpec, as_spec
 
 _SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
 Regularizers = Iterable[Regularizer]
+REMEMBERED = 64  # objectives composed of a base loss and regularizers=
 
 
 class Linearized(NamedTuple):
@@ -48,8 +50,7 @@ def as_objective(
         objective = loss
     else:
         specs = tuple(as_spec(spec) for spec in regularizers or ())
-        make = _composed if _is_hashable((loss, specs)) else _compose  # a weight may be an array
-        objective = make(loss, specs, track_grad_norms or False)
+        objective = _remembered(loss, specs, track_grad_norms or False)
     if objective.plan.model is not None:
         raise ValueError(
             "the objective has a forward=, but here the server runs the model: compose it without one, so "
@@ -62,7 +63,23 @@ def _compose(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | Gra
     return compose(loss, specs, track_grad_norms=norms)
 
 
-_composed = functools.lru_cache(maxsize=64)(_compose)
+_composed = functools.lru_cache(maxsize=REMEMBERED)(_compose)
+
+
+def _remembered(loss: TermFn, specs: tuple[RegularizerSpec, ...], norms: bool | GradNorms) -> CompositeLoss:
+    """One that was composed before, if it is known."""
+    if not _is_hashable((loss, specs)):  # a weight may be an array
+        return _compose(loss, specs, norms)
+    host = next((spec.fn.regularizer for spec in specs if isinstance(spec.fn, HostTerm)), None)
+    if host is None:
+        return _composed(loss, specs, norms)
+    # It is remembered by its host term: a cache of ours would keep that, and its threads, for ever.
+    if len(host.compositions) >= REMEMBERED:
+        host.compositions.clear()
+    key = loss, specs, norms
+    if key not in host.compositions:
+        host.compositions[key] = _compose(*key)
+    return host.compositions[key]
 
 
 def _is_hashable(value: object) -> bool:

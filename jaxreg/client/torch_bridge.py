@@ -12,7 +12,7 @@ from jaxreg._arrays import to_numpy
 from jaxreg._types import Array, PyTree, TermFn
 from jaxreg.batch import TokenBatch
 from jaxreg.client import wire
-from jaxreg.client.evaluation import Evaluation
+from jaxreg.client.evaluation import Evaluation, telling_of_failure
 from jaxreg.client.local import Regularizers, as_objective
 from jaxreg.norms import GradNorms
 from jaxreg.objective import CompositeLoss
@@ -55,14 +55,15 @@ class CustomLoss:
                 "it, use jaxreg.client.forward_backward_custom"
             ) from error
 
-        side = self._side_data(data) if callable(self._side_data) else self._side_data
-        rows = wire.read(data, side)
-        arrays = [to_numpy(values).astype(np.float32) for values in logprobs]
-        targets = [row[wire.TARGETS] for row in rows]
-        _check_logprobs(arrays, targets)
-        key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
-        batch = TokenBatch.pack(rows)
-        evaluation = Evaluation(self._objective, data, batch, targets, self.state, key, self._calls)
+        with telling_of_failure(self._calls):
+            side = self._side_data(data) if callable(self._side_data) else self._side_data
+            rows = wire.read(data, side)
+            arrays = [to_numpy(values).astype(np.float32) for values in logprobs]
+            targets = [row[wire.TARGETS] for row in rows]
+            _check_logprobs(arrays, targets)
+            key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
+            batch = TokenBatch.pack(rows)
+            evaluation = Evaluation(self._objective, data, batch, targets, self.state, key, self._calls)
         evaluation.begin()
         try:
             done = evaluation.at(arrays)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxreg._types import Array, PyTree
 from jaxreg.host.calls import HostCalls
 from jaxreg.host.errors import HostTermError
-from jaxreg.host.rows import as_data, as_gradient, as_values
+from jaxreg.host.rows import as_data, as_gradient, as_values, is_by_datum
 
 if TYPE_CHECKING:
     from jaxreg.host.regularizer import HostRegularizer
@@ -42,19 +42,22 @@ class HostTerm:
 
     def _on_host(self, x: PyTree, batch: PyTree) -> tuple[Any, ...]:
         term = self.regularizer
-        values = as_values(x, batch)
-        calls = HostCalls([term], values)
+        by_datum = not isinstance(x, list | tuple | dict) and is_by_datum(x, batch)
+        values = as_values(x, batch, by_datum)
+        calls = HostCalls([term], values, by_datum=by_datum)
         calls.start(as_data(batch), values)
         done = calls.collect()[term.name]
         x = jax.tree.map(np.asarray, x)
         gradient = (
-            jax.tree.map(np.zeros_like, x) if done.gradient is None else as_gradient(done.gradient, x, batch)
+            jax.tree.map(np.zeros_like, x)
+            if done.gradient is None
+            else as_gradient(done.gradient, x, batch, by_datum)
         )
-        skipped = done.metrics["host_age"] < 0  # It has no metrics of its own then.
+        skipped = done.metrics["host_age"] < 0  # It has no metrics of its own then; they are 0.
         missing = [name for name in term.metrics if name not in done.metrics and not skipped]
         if missing:
             raise HostTermError(term.name, f"metrics= names {missing}, which fn did not return")
-        metrics = [np.float32(done.metrics.get(name, np.nan)) for name in (*FACTS, *term.metrics)]
+        metrics = [np.float32(done.metrics.get(name, 0.0)) for name in (*FACTS, *term.metrics)]
         return np.float32(done.value), gradient, *metrics
 
 

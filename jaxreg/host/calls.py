@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import time
@@ -41,9 +42,16 @@ class HostResult:
 class HostCalls:
     """One step's calls. `start` them, then `collect`; or `cancel`."""
 
-    def __init__(self, terms: Sequence[HostRegularizer], like: Any, step: int | None = None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[HostRegularizer],
+        like: Any,
+        step: int | None = None,
+        *,
+        by_datum: bool = True,
+    ) -> None:
         self.terms = tuple(terms)
-        self._like = like
+        self._like, self._by_datum = like, by_datum
         self._step = step
         self._calls: dict[str, tuple[Call, HostRegularizer, int]] = {}
         self._cancelled: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -83,14 +91,14 @@ class HostCalls:
 
     def cancel(self) -> None:
         """Stop every call as far as it can be stopped, and let nobody wait for them."""
-        if not self._cancelled.done():
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled by two at once
             self._cancelled.set_result(None)
         self._stop_all()
 
     def _stop_all(self) -> None:
         for call, term, _ in tuple(self._calls.values()):
             if not call.done():
-                term.runtime.runner.stop(call)
+                term.runtime.runner.cancel(call)
 
     def _wait(self, waiting: dict[str, tuple[Call, HostRegularizer, int]]) -> None:
         calls = [call for call, _, _ in waiting.values()]
@@ -105,7 +113,15 @@ class HostCalls:
         try:
             value = self._value(call, term)
         except HostTermError as error:
-            return self._failed(error, call, term, number)
+            emit(
+                "regularizer.compute.exception",
+                step=self._step,
+                measurements={"duration": call.seconds},
+                metadata={"term": term.name, "error": error, "on_error": term.on_error},
+            )
+            if term.on_error == "raise":
+                raise
+            return _stand_in(str(error), call, term, number)
         term.runtime.good(value, number)
         return _result_of(value, call, age=0)
 
@@ -113,40 +129,31 @@ class HostCalls:
         if not call.done():
             seconds = call.seconds
             became = term.runtime.runner.stop(call)
-            raise HostTermTimeout(
-                term.name,
-                f"no value within its timeout of {term.timeout:g} s ({seconds:.3g} s by now): {became}",
-            )
-        try:
-            result = call.result()
-        except BaseException as error:
+            what = f"no value within its timeout of {term.timeout:g} s ({seconds:.3g} s by now): {became}"
+            raise HostTermTimeout(term.name, what)
+        # Not call.result(): it would raise here, and its traceback keep the call that keeps it.
+        if (error := call.exception()) is not None:
             said = str(error) or "(no message)"
             raise HostTermError(term.name, f"{type(error).__name__}: {said}") from error
-        return read(result, self._like, term.name)
+        return read(call.result(), self._like, term.name, by_datum=self._by_datum)
 
-    def _failed(self, error: HostTermError, call: Call, term: HostRegularizer, number: int) -> HostResult:
-        failures, last, age = term.runtime.failed(number)
-        emit(
-            "regularizer.compute.exception",
-            step=self._step,
-            measurements={"duration": call.seconds},
-            metadata={"term": term.name, "error": error, "on_error": term.on_error},
+
+def _stand_in(said: str, call: Call, term: HostRegularizer, number: int) -> HostResult:
+    """What counts for a term that failed."""
+    failures, last, age = term.runtime.failed(number)
+    if term.on_error == "skip":
+        last = None
+    if failures in (1, 10, 100) or failures % 1000 == 0:
+        LOGGER.warning(
+            "%s; it %s (failure %d of this term)",
+            said,
+            "is left out" if last is None else f"counts with its last value, of {age} steps ago",
+            failures,
         )
-        if term.on_error == "raise":
-            raise error
-        if term.on_error == "skip":
-            last = None
-        if failures in (1, 10, 100) or failures % 1000 == 0:
-            LOGGER.warning(
-                "%s; it %s (failure %d of this term)",
-                error,
-                "is left out" if last is None else f"counts with its last value, of {age} steps ago",
-                failures,
-            )
-        if last is None:
-            return _result_of(HostValue(0.0, {}), call, age=-1)
-        # Its gradient was of other logprobs: in this step it would be wrong.
-        return _result_of(dataclasses.replace(last, gradient=None), call, age=age)
+    if last is None:
+        return _result_of(HostValue(0.0, {}), call, age=-1)
+    # It has no gradient: that was of other logprobs, and in this step it would be wrong.
+    return _result_of(last, call, age=age)
 
 
 def _result_of(value: HostValue, call: Call, age: int) -> HostResult:

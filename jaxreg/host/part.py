@@ -12,9 +12,9 @@ from jaxreg.plan import Plan, shared
 
 
 class _Parts(NamedTuple):
-    plan: Plan  # of what is compiled
+    plan: Plan | None  # of what is compiled; None where that is all (a value must not keep its key alive)
     kept: tuple[int, ...]  # which terms that is, the base loss first
-    host: tuple[HostRegularizer, ...]
+    host: tuple[int, ...]  # which terms are left
 
 
 _PARTS: weakref.WeakKeyDictionary[Plan, _Parts] = weakref.WeakKeyDictionary()
@@ -25,7 +25,7 @@ def part(objective: CompositeLoss) -> tuple[CompositeLoss, tuple[HostRegularizer
     parts = _PARTS.get(objective.plan)
     if parts is None:
         parts = _PARTS[objective.plan] = _parted(objective)
-    if not parts.host:
+    if parts.plan is None:
         return objective, ()
     leaves = objective.leaves
     names = {parts.plan.names[i] for i in range(1, len(parts.plan.names))}
@@ -34,16 +34,18 @@ def part(objective: CompositeLoss) -> tuple[CompositeLoss, tuple[HostRegularizer
         held={name: leaf for name, leaf in leaves.held.items() if name in names},
         terms=tuple(leaves.terms[i] for i in parts.kept),
     )
-    return CompositeLoss(kept, parts.plan), parts.host  # type: ignore[call-arg]
+    fns: Any = objective.plan.fns(leaves)
+    host = tuple(fns[i].regularizer for i in parts.host)
+    return CompositeLoss(kept, parts.plan), host  # type: ignore[call-arg]
 
 
 def _parted(objective: CompositeLoss) -> _Parts:
     plan = objective.plan
     fns = plan.fns(objective.leaves)
     kept = tuple(i for i, fn in enumerate(fns) if not isinstance(fn, HostTerm))
-    host = tuple(fn.regularizer for fn in fns if isinstance(fn, HostTerm))
+    host = tuple(i for i, fn in enumerate(fns) if isinstance(fn, HostTerm))
     if not host:
-        return _Parts(plan, kept, ())
+        return _Parts(None, kept, ())
 
     def these(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(values[i] for i in kept)

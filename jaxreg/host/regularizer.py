@@ -164,11 +164,20 @@ class HostRegularizer:
         if runtime := self.__dict__.pop("runtime", None):
             runtime.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: the term, without its threads and processes."""
+        return {key: value for key, value in vars(self).items() if key not in ("runtime", "compositions")}
+
     def __enter__(self) -> HostRegularizer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @functools.cached_property
+    def compositions(self) -> dict[Any, Any]:
+        """Objectives that the remote client composed with this term; they go when it goes."""
+        return {}
 
     @functools.cached_property
     def runtime(self) -> Runtime:
@@ -185,7 +194,7 @@ class Runtime:
 
     def __init__(self, term: HostRegularizer) -> None:
         assert term.run is not None
-        self.runner: Runner = _RUNNERS[term.run](term.fn, f"jaxreg-{term.name}", term.max_concurrency)
+        self.runner: Runner = _RUNNERS[term.run](term.fn, f"jaxreg-host-{term.name}", term.max_concurrency)
         self.close = weakref.finalize(term, self.runner.close)  # also when the interpreter ends
         self._lock = threading.Lock()
         self._asked = 0
@@ -202,7 +211,7 @@ class Runtime:
         """Remember the value of a call, unless a later one is known."""
         with self._lock:
             if self._last is None or self._last[1] < number:
-                self._last = value, number
+                self._last = dataclasses.replace(value, gradient=None), number  # never used again
 
     def failed(self, number: int) -> tuple[int, HostValue | None, int]:
         """Count a failure: how many there were, the last good value, and how many calls old it is."""

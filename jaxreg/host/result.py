@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxreg.host.errors import HostTermError
 from jaxreg.spec import RESERVED_METRICS
 
 CONTRACT = "value, (value, metrics) or (value, metrics, gradient)"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 OWN = "host_"  # begins the names of the metrics that jaxreg adds to a host term's own
 
 
@@ -28,12 +28,13 @@ class HostValue:
     gradient: Any = None
 
 
-def read(result: Any, like: Any, term: str) -> HostValue:
+def read(result: Any, like: Any, term: str, *, by_datum: bool) -> HostValue:
     """What a host function returned.
 
     Args:
       result: value, (value, metrics) or (value, metrics, gradient).
       like: arrays of the shapes that a gradient has: a list with one a datum, or any pytree.
+      by_datum: which of the two.
       term: its name, for the errors.
 
     Raises:
@@ -52,7 +53,7 @@ def read(result: Any, like: Any, term: str) -> HostValue:
     return HostValue(
         _number(value, "its value", term, finite=True),
         _metrics(metrics, term),
-        None if gradient is None else _gradient(gradient, like, term),
+        None if gradient is None else _gradient(gradient, like, term, by_datum),
     )
 
 
@@ -64,8 +65,10 @@ def _number(value: Any, what: str, term: str, *, finite: bool = False) -> float:
         shown = f"of shape {array.shape}" if array.ndim else repr(value)[:60]
         raise HostTermError(term, f"{what} is one real number, got {type(value).__name__} {shown}")
     number = float(array.reshape(()))
-    if finite and not math.isfinite(number):
-        raise HostTermError(term, f"{what} is {number}, which would make the whole loss so")
+    if finite and not abs(number) <= FLOAT32_MAX:
+        raise HostTermError(
+            term, f"{what} is {number}, which would make the whole loss inf or nan in float32"
+        )
     return number
 
 
@@ -85,8 +88,8 @@ def _metrics(metrics: Any, term: str) -> dict[str, float]:
     return checked
 
 
-def _gradient(gradient: Any, like: Any, term: str) -> Any:
-    if isinstance(like, list):  # one array a datum
+def _gradient(gradient: Any, like: Any, term: str, by_datum: bool) -> Any:
+    if by_datum:
         try:
             given = list(gradient)
         except TypeError:
@@ -112,10 +115,12 @@ def _slope(slope: Any, shape: tuple[int, ...], what: str, term: str) -> np.ndarr
         raise HostTermError(term, f"{what} is an array of real numbers, got dtype {array.dtype}")
     if array.shape != shape:
         raise HostTermError(term, f"{what} has shape {array.shape}, but the logprobs there have {shape}")
-    if not np.isfinite(array).all():
-        at = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise HostTermError(term, f"{what} is {array[tuple(at)]} at {at}")
-    return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32, copy=False)
+    if not np.isfinite(single).all():
+        at = np.argwhere(~np.isfinite(single))[0].tolist()
+        raise HostTermError(term, f"{what} is {array[tuple(at)]} at {at}, in float32 {single[tuple(at)]}")
+    return single
 
 
 def _array(value: Any, what: str, term: str) -> np.ndarray:

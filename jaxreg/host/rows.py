@@ -39,23 +39,31 @@ def as_data(batch: PyTree) -> Any:
     return [Row(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def as_values(x: PyTree, batch: PyTree) -> Any:
-    """What is differentiated: one array a datum beside a `TokenBatch`, else its pytree of arrays."""
+def is_by_datum(x: PyTree, batch: PyTree) -> bool:
+    """Whether x is read as one array a datum: token data beside a `TokenBatch`."""
+    return isinstance(batch, TokenBatch) and np.ndim(x) > 1 and np.shape(x)[:2] == batch.shape
+
+
+def as_values(x: PyTree, batch: PyTree, by_datum: bool) -> Any:
+    """What is differentiated: one array a datum, or its pytree of arrays."""
     x = jax.tree.map(_readable, x)
-    if isinstance(batch, TokenBatch) and isinstance(x, np.ndarray) and x.shape[:2] == batch.shape:
-        return batch.unpack(x)
-    return x
+    return batch.unpack(x) if by_datum else x
 
 
-def as_gradient(gradient: Any, x: PyTree, batch: PyTree) -> PyTree:
-    """A gradient shaped as `as_values` gave it, shaped as x; zero where padding is."""
-    if not (isinstance(batch, TokenBatch) and isinstance(gradient, list)):
+def as_gradient(gradient: Any, x: PyTree, batch: PyTree, by_datum: bool) -> PyTree:
+    """A gradient shaped as `as_values` gave it, shaped as x; zero where the mask is False."""
+    if not by_datum:
         return jax.tree.map(lambda slope, like: np.asarray(slope, like.dtype), gradient, x)
     dense = np.zeros(x.shape, x.dtype)
     rows = np.flatnonzero(np.asarray(batch.lengths))
     for row, slope in zip(rows, gradient, strict=True):
-        dense[row, : len(slope)] = slope
+        dense[row, : len(slope)] = masked(slope, np.asarray(batch.mask)[row, : len(slope)])
     return dense
+
+
+def masked(slope: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A datum's gradient [T, ...] where its mask [T] is True; a masked token is out of everything."""
+    return np.where(mask.reshape(mask.shape + (1,) * (slope.ndim - 1)), slope, np.float32(0))
 
 
 def _readable(leaf: Any) -> np.ndarray:

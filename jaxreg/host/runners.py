@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import pickle
 import threading
 import time
@@ -30,12 +31,21 @@ class Call(concurrent.futures.Future[Any]):
         self.began = time.monotonic()
         self.ended: float | None = None
         self.deadline = float("inf") if timeout is None else self.began + timeout
-        self.add_done_callback(lambda _: setattr(self, "ended", time.monotonic()))
 
     def begins(self, allowance: float = 0.0) -> None:
         """It begins now (after it waited for its place), or after what it is allowed for starting."""
         self.began = time.monotonic()
         self.deadline = float("inf") if self._timeout is None else self.began + allowance + self._timeout
+
+    def set_result(self, result: Any) -> None:
+        """It is done."""
+        self.ended = time.monotonic()
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """It failed."""
+        self.ended = time.monotonic()
+        super().set_exception(exception)
 
     @property
     def seconds(self) -> float:
@@ -48,6 +58,7 @@ class Call(concurrent.futures.Future[Any]):
             result = work()
         except BaseException as error:  # SystemExit in a thread must not end it without a word
             self.set_exception(error)
+            del self  # or the error's traceback would keep the call that keeps the error
         else:
             self.set_result(result)
 
@@ -57,6 +68,9 @@ class Runner(Protocol):
 
     def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
         """Begin as soon as there is a place."""
+
+    def cancel(self, call: Call) -> None:
+        """Cancel it as far as possible, without waiting."""
 
     def stop(self, call: Call) -> str:
         """Cancel it as far as possible; what became of it, for the error."""
@@ -112,6 +126,10 @@ class Threads:
         thread = threading.Thread(target=self._run, args=(call, arguments), name=self._name, daemon=True)
         thread.start()
 
+    def cancel(self, call: Call) -> None:
+        """Send it away if it has not begun."""
+        self._places.send_away(call)
+
     def stop(self, call: Call) -> str:
         """Abandon it: a thread cannot be stopped."""
         return self._places.send_away(call) or (
@@ -132,6 +150,7 @@ class Threads:
             call.settle(lambda: self._fn(*arguments))
         finally:
             self._places.leave()
+            del call  # as in settle: what failed keeps this frame, and would keep itself
 
 
 class Processes:
@@ -151,14 +170,19 @@ class Processes:
         thread = threading.Thread(target=self._run, args=(call, arguments), name=self._name, daemon=True)
         thread.start()
 
+    def cancel(self, call: Call) -> None:
+        """Kill its process."""
+        self.stop(call)
+
     def stop(self, call: Call) -> str:
         """Kill its process."""
         if why := self._places.send_away(call):
             return why
         with self._lock:
             worker = self._busy.pop(call, None)
-        if worker is not None:
-            worker.kill()
+        if worker is None:
+            return "it was stopped before it had a process"
+        worker.kill()
         return "its process was killed"
 
     def close(self) -> None:
@@ -176,14 +200,17 @@ class Processes:
                 self._busy.pop(call, None)
             return
         try:
-            call.settle(lambda: self._work(call, pickle.dumps(arguments)))
+            call.begins(STARTING)  # its own time begins when its process has it
+            call.settle(functools.partial(self._work, call, arguments))
         finally:
             self._places.leave()
+            del call
 
-    def _work(self, call: Call, arguments: bytes) -> Any:
+    def _work(self, call: Call, arguments: tuple[Any, ...]) -> Any:
+        pickled = pickle.dumps(arguments)
         worker = self._worker(call)
         try:
-            result = worker.ask(arguments)
+            result = worker.ask(pickled)
         except WorkerDied:
             worker.close()
             raise
@@ -196,8 +223,10 @@ class Processes:
     def _worker(self, call: Call) -> Worker:
         with self._lock:
             worker = self._idle.pop() if self._idle else None
+        if worker is not None and not worker.is_alive():  # killed while it had nothing to do
+            worker.close()
+            worker = None
         if worker is None:
-            call.begins(STARTING)
             worker = Worker(self._payload, self._name)
         with self._lock:
             stopped = call not in self._busy
@@ -240,26 +269,24 @@ class Coroutines:
 
     def start(self, call: Call, arguments: tuple[Any, ...]) -> None:
         """Begin in the loop."""
-        if self._answered is not None and not self._answered.is_set():
+        if self._answered is not None and not self._answered.wait(GRACE):
             call.set_exception(RuntimeError("an earlier call still blocks its event loop; " + _BLOCKS))
             return
         loop = self._running_loop()
         loop.call_soon_threadsafe(self._begin, call, arguments)
 
+    def cancel(self, call: Call) -> None:
+        """Ask the loop to cancel its task."""
+        call.cancel()
+        self._ask(call)
+
     def stop(self, call: Call) -> str:
         """Cancel its task; say so if the loop does not answer."""
         never_began = call.cancel()
-        loop = self._loop
-        if loop is None:
+        answered = self._ask(call)
+        if answered is None:
             return "its event loop is closed"
-        self._answered = threading.Event()
-        try:
-            loop.call_soon_threadsafe(self._cancel, call)
-            loop.call_soon_threadsafe(self._answered.set)
-        except RuntimeError:  # closed meanwhile
-            self._answered = None
-            return "its event loop is closed"
-        if not self._answered.wait(GRACE):
+        if not answered.wait(GRACE):
             return "it blocks its event loop and could not be cancelled; " + _BLOCKS
         return "it waited for its place among max_concurrency" if never_began else "it was cancelled"
 
@@ -283,6 +310,19 @@ class Coroutines:
                 self._thread.start()
             return self._loop
 
+    def _ask(self, call: Call) -> threading.Event | None:
+        """Have the call's task cancelled, and be told of it; None where there is no loop."""
+        loop, answered = self._loop, threading.Event()
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._cancel, call)
+                loop.call_soon_threadsafe(answered.set)
+                self._answered = answered
+                return answered
+        except RuntimeError:  # closed meanwhile
+            self._answered = None
+        return None
+
     def _begin(self, call: Call, arguments: tuple[Any, ...]) -> None:
         task = asyncio.get_running_loop().create_task(self._run(call, arguments))
         self._tasks[call] = task
@@ -293,19 +333,26 @@ class Coroutines:
             task.cancel()
 
     async def _run(self, call: Call, arguments: tuple[Any, ...]) -> None:
-        async with self._places:
-            if not call.set_running_or_notify_cancel():
-                return
-            call.begins()
-            try:
+        try:
+            async with self._places:
+                if not call.set_running_or_notify_cancel():
+                    return
+                call.begins()
                 result = await self._fn(*arguments)
-            except asyncio.CancelledError:
-                call.set_exception(RuntimeError("its task was cancelled"))
-                raise
-            except BaseException as error:
-                call.set_exception(error)
-            else:
-                call.set_result(result)
+        except asyncio.CancelledError:
+            _fail(call, RuntimeError("its task was cancelled"))
+            raise
+        except BaseException as error:
+            _fail(call, error)
+        else:
+            call.set_result(result)
+        finally:
+            del call
+
+
+def _fail(call: Call, error: BaseException) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled before
+        call.set_exception(error)
 
 
 _BLOCKS = "declare it with `def`, and it runs in a thread, or await what it waits for"
@@ -321,6 +368,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _cancel_all() -> None:
+    await asyncio.sleep(0)  # what was asked for and has not begun becomes a task first
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()

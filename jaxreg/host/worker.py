@@ -56,6 +56,10 @@ class Worker:
             raise self._died("") from error
         return self._receive("")
 
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.is_alive()
+
     def kill(self) -> None:
         """End it at once; who waits in `ask` gets a `WorkerDied`, and closes."""
         with contextlib.suppress(ValueError):  # closed already

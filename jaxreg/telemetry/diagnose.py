@@ -107,7 +107,12 @@ def _findings(inputs: Inputs) -> Iterator[Finding]:
 
 def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
     """What is differentiated, padded as the batch is where it came as one array a datum."""
-    return pad(x, *batch.shape) if isinstance(x, list) and isinstance(batch, TokenBatch) else x
+    if not (isinstance(x, list) and isinstance(batch, TokenBatch)):
+        return x
+    lengths = [int(n) for n in np.asarray(batch.lengths) if n]
+    if not all(isinstance(values, np.ndarray) for values in x) or [len(v) for v in x] != lengths:
+        raise ValueError("x is not one array a datum, of the datum's length")
+    return pad(x, *batch.shape)
 
 
 def _forward(plan: Any, leaves: Any, params: PyTree, batch: PyTree, state: PyTree, key: Any) -> PyTree:
@@ -172,7 +177,3 @@ def _named(batch: PyTree) -> PyTree:
     if not isinstance(batch, TokenBatch):
         return batch
     return {**batch.arrays, "weights": batch.weights}
-
-
-def _has_rows(array: np.ndarray, batch: PyTree) -> bool:
-    return isinstance(batch, TokenBatch) and array.ndim > 0 and array.shape[:2] == batch.shape[: array.ndim]

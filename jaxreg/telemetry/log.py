@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ def log(
     """
     if not listening():
         return
+    step = None if step is None else operator.index(step)  # a NumPy or JAX integer, as state["step"] is
     host = output.on_host()
     report, flat = host.to_dict(), host.to_flat_dict()
     for name, term in report["regularizers"].items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import concurrent.futures
 import dataclasses
 import logging
 import os
@@ -25,6 +27,12 @@ from jaxreg.telemetry.log import Inputs
 from jaxreg.telemetry.recording import from_plain, to_plain
 
 LOGGER = logging.getLogger("jaxreg.telemetry")
+_STOPPED = (
+    KeyboardInterrupt,
+    asyncio.CancelledError,
+    concurrent.futures.CancelledError,
+)  # no fault of a step
+MAX_DEPTH = 256  # of a recording: a level of a pytree is two of it
 FORMAT, VERSION = "jaxreg flight recording", 1
 
 
@@ -115,11 +123,12 @@ class FlightRecorder:
             return
         error = event.metadata.get("error")
         inputs: Inputs | None = event.metadata["inputs"]
-        if inputs is not None:
-            self._keep(event, inputs, error)
+        if inputs is None or isinstance(error, _STOPPED):
+            return
+        self._keep(event, inputs, error)
         bad = error is not None or "nonfinite" in event.metadata["report"]
         first, self._bad = bad and not self._bad, bad
-        if first and inputs is not None and len(self.written) < self._files:
+        if first and len(self.written) < self._files:
             self._try_to_write("it raised" if error is not None else "a number is not finite", event.step)
 
     def dump(self, path: str | os.PathLike[str] | None = None) -> Path:
@@ -140,7 +149,7 @@ class FlightRecorder:
     def _keep(self, event: Event, inputs: Inputs, error: BaseException | None) -> None:
         held = {name: getattr(inputs, name) for name in ("x", "batch", "state", "key")}
         if self._copy:
-            held = jax.tree.map(lambda leaf: np.asarray(leaf) if _is_array(leaf) else leaf, held)
+            held = jax.tree.map(lambda leaf: np.array(leaf) if _is_array(leaf) else leaf, held)
         entry = {
             "step": event.step,
             "metrics": dict(event.metadata.get("metrics", {})),
@@ -176,19 +185,27 @@ class FlightRecorder:
         return next(path for name in names if not (path := self._folder / name).exists())
 
     def _write(self, kept: list[dict[str, Any]], reason: str, path: Path) -> Path:
-        data = _msgpack.encode(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "jaxreg": __version__,
-                "jax": jax.__version__,
-                "time": time.time(),
-                "reason": reason,
-                "steps": [_plain_entry(entry) for entry in kept],
-            }
-        )
+        entries = [_plain_entry(entry) for entry in kept]
+        data = _encoded(entries, reason)
+        while len(data) > _msgpack.MAX_BYTES and len(entries) > 1:  # more could not be read again
+            del entries[0]
+            data = _encoded(entries, reason)
+        if len(data) > _msgpack.MAX_BYTES:
+            LOGGER.warning("%s is large: read it with max_bytes=%d", path, len(data))
         write_whole(path, lambda file: file.write(data))
         return path
+
+
+def _encoded(entries: list[dict[str, Any]], reason: str) -> bytes:
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "jaxreg": __version__,
+        "jax": jax.__version__,
+        "time": time.time(),
+        "reason": reason,
+    }
+    return _msgpack.encode({**about, "steps": entries}, max_depth=MAX_DEPTH)
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> None:
@@ -203,14 +220,23 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> None:
         raise
 
 
-def read_recording(path: str | os.PathLike[str]) -> list[RecordedStep]:
+def read_recording(
+    path: str | os.PathLike[str], *, max_bytes: int = _msgpack.MAX_BYTES
+) -> list[RecordedStep]:
     """The steps of a flight recording, the last one last. Safe for files from strangers.
+
+    Args:
+      path: the file.
+      max_bytes: a larger file is refused.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: it is no flight recording, or one of a later version.
     """
-    tree = _msgpack.decode(Path(path).read_bytes())
+    path = Path(path)
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than max_bytes={max_bytes}")
+    tree = _msgpack.decode(path.read_bytes(), max_bytes=max_bytes, max_depth=MAX_DEPTH)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ValueError(f"{path} is no flight recording of jaxreg's")
     if tree.get("version") != VERSION:
@@ -224,16 +250,27 @@ def read_recording(path: str | os.PathLike[str]) -> list[RecordedStep]:
 
 
 def _plain_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    objective: CompositeLoss = entry["objective"]
-    state = entry["held"]["state"]
-    weights = {name: float(weight) for name, weight in objective.weights(state or None).items()}
     return {
         "step": entry["step"],
         "metrics": {name: float(number) for name, number in entry["metrics"].items()},
         "error": entry["error"],
-        "weights": weights,
+        "weights": _weights(entry),
         "parts": {name: to_plain(tree) for name, tree in entry["held"].items()},
     }
+
+
+def _weights(entry: dict[str, Any]) -> dict[str, float]:
+    """The regularizers' weights, as the step reported them; a step that raised has no report."""
+    objective: CompositeLoss = entry["objective"]
+    metrics = entry["metrics"]
+    if metrics:
+        return {name: float(metrics[f"reg/{name}/weight"]) for name in objective.names}
+    try:
+        weights = objective.weights(entry["held"]["state"] or None)
+        return {name: float(weight) for name, weight in weights.items()}
+    except Exception as error:  # the state was donated
+        LOGGER.warning("the weights of step %s are lost: %s", entry["step"], error)
+        return {}
 
 
 def _is_entry(entry: Any) -> bool:
@@ -252,4 +289,6 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if isinstance(leaf, jax.Array):
+        return not leaf.is_deleted() and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, np.ndarray)

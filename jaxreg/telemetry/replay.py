@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 
+from jaxreg._msgpack import MAX_BYTES
 from jaxreg._types import PyTree
 from jaxreg.host.part import part
 from jaxreg.objective import CompositeLoss
 from jaxreg.telemetry.diagnose import Finding, as_arrays, diagnose
-from jaxreg.telemetry.log import Inputs
 from jaxreg.telemetry.recorder import RecordedStep, read_recording
 
 CLOSE = 1e-3  # relative: another machine rounds otherwise
@@ -44,6 +44,7 @@ def replay(
     *,
     step: int | None = None,
     like: Mapping[str, PyTree] | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Replay:
     """Recompute a step of a flight recording, with the weights that it had.
 
@@ -54,10 +55,11 @@ def replay(
       step: which step; by default the last one, which is the one that went wrong.
       like: for pytrees of your own classes, of which a file keeps the leaves alone: one of the same
         structure for ``"x"``, ``"batch"`` or ``"state"``.
+      max_bytes: a larger file is refused.
 
     Raises:
-      OSError, ValueError: the file is no recording, or has no such step; or the objective has other
-        terms, which are named.
+      OSError, ValueError: the file is no recording, or has no such step; the objective has other terms,
+        which are named; or what was recorded does not fit it.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jaxreg as jr
@@ -71,25 +73,29 @@ def replay(
       >>> print(replay(recorder.written[0], objective).findings[0])
       the data 'p', datum 1, token 1: inf
     """
-    steps = read_recording(path)
+    steps = read_recording(path, max_bytes=max_bytes)
     recorded = _chosen(steps, step, path)
     whole = named_objective(objective) if isinstance(objective, str) else objective
     lean, host = part(whole)
     left_out = {term.name for term in host}
     lean = _with_recorded_weights(lean, recorded, left_out)
     inputs = recorded.inputs(lean, like)
-    x = as_arrays(inputs.x, inputs.batch)
-    (_, output), _ = lean.value_and_grad(x, inputs.batch, state=inputs.state, key=inputs.key)
-    metrics = output.to_flat_dict()
+    try:
+        x = as_arrays(inputs.x, inputs.batch)
+        (_, output), _ = lean.value_and_grad(x, inputs.batch, state=inputs.state, key=inputs.key)
+        metrics = output.to_flat_dict()
+        findings = diagnose(dataclasses.replace(inputs, x=x))
+    except Exception as error:
+        raise ValueError(
+            f"step {recorded.step} cannot be recomputed with this objective: {type(error).__name__}: {error}"
+        ) from error
     totals = {"loss/total", "loss/regularizer_total", "grad_norm/total"} if left_out else set()
     differing = [
         name
         for name, number in metrics.items()
         if name in recorded.metrics and name not in totals and not _close(number, recorded.metrics[name])
     ]
-    return Replay(
-        recorded, metrics, diagnose(Inputs(lean, x, inputs.batch, inputs.state, inputs.key)), differing
-    )
+    return Replay(recorded, metrics, findings, differing)
 
 
 def named_objective(name: str) -> CompositeLoss:
@@ -131,6 +137,8 @@ def _chosen(steps: list[RecordedStep], step: int | None, path: object) -> Record
 def _with_recorded_weights(
     objective: CompositeLoss, recorded: RecordedStep, left_out: set[str]
 ) -> CompositeLoss:
+    if not recorded.weights:  # lost, or none
+        return objective
     there, here = set(recorded.weights) - left_out, set(objective.names)
     if there != here:
         raise ValueError(

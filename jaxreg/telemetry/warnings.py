@@ -71,7 +71,7 @@ class Warnings:
         self._lasting: collections.Counter[tuple[str, str]] = collections.Counter()  # steps, by kind and term
         self._broken: set[str] = set()  # terms that are not finite just now
         self._steps = 0
-        self._compiled: dict[tuple[str, ...], collections.deque[int]] = {}  # at which steps, by program
+        self._compiled: dict[tuple[Any, ...], collections.deque[int]] = {}  # at which steps, by program
 
     def __call__(self, event: Event) -> None:
         """Look at an event."""
@@ -120,7 +120,7 @@ class Warnings:
         self._broken = set(terms)
         if not new:
             return
-        places = [] if inputs is None else [str(finding) for finding in diagnose(inputs)]
+        places = [] if inputs is None else _places(inputs)
         more = f"; and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
         where = f" First: {'; then '.join(places[:SHOWN])}{more}" if places else ""
         for name in new:
@@ -129,13 +129,15 @@ class Warnings:
     def _look_at_compile(self, event: Event) -> None:
         if self._compiles is None:
             return
-        key = (event.metadata["program"], *event.metadata["terms"])
+        changed = event.metadata["changed"]
+        functions = any("another function" in what for what in changed)
+        # Shapes count for one objective; functions made anew, for all of this name together.
+        which = "functions" if functions else event.metadata["functions"]
+        key = (event.metadata["program"], *event.metadata["terms"], which)
         at = self._compiled.setdefault(key, collections.deque(maxlen=self._compiles))
         at.append(self._steps)
         if len(at) == self._compiles and self._steps - at[0] <= self._compile_steps:
             at.clear()
-            changed = event.metadata["changed"]
-            functions = any("another function" in what for what in changed)
             remedy = (
                 "make the objective, its functions and its schedules once, before the loop"
                 if functions
@@ -148,6 +150,14 @@ class Warnings:
                 f"time since {'; '.join(changed)}. Perhaps: {remedy}",
                 event.step,
             )
+
+
+def _places(inputs: Inputs) -> list[str]:
+    try:
+        return [str(finding) for finding in diagnose(inputs)]
+    except Exception as error:  # such as arrays that were donated; the warning itself is worth more
+        LOGGER.debug("where it began cannot be told: %s", error)
+        return []
 
 
 def _called(name: str) -> str:
