@@ -59,6 +59,11 @@ Handler: TypeAlias = Callable[[Event], object]
 H = TypeVar("H", bound=Handler)
 
 
+def worth_telling(times: int) -> bool:
+    """Whether what has happened so many times is logged again: the first, tenth, hundredth, ... time."""
+    return times in (1, 10, 100) or times % 1000 == 0
+
+
 class _Attached:
     """A handler, and how it has behaved."""
 
@@ -85,7 +90,7 @@ class _Attached:
         if seconds < SLOW:
             return
         self.slow, self.seconds = self.slow + 1, self.seconds + seconds
-        if self.slow in (1, 10, 100) or self.slow % 1000 == 0:
+        if worth_telling(self.slow):
             LOGGER.warning(
                 "telemetry: the handler %r is slow: %d events took longer than %g s each, %.2f s in all, and "
                 "the training loop waited; let it hand its work to a thread",
@@ -128,7 +133,7 @@ def attach(handler: H) -> H:
             raise ValueError(f"{handler!r} is attached already")
         _attached = (*_attached, _Attached(handler))
         if len(_attached) == 1:
-            _on_first()
+            _quietly(_first)
     return handler
 
 
@@ -222,10 +227,6 @@ def while_listening(begin: Callable[[], None], end: Callable[[], None]) -> None:
     """Run ``begin`` when somebody attaches and ``end`` when the last one is gone."""
     _first.append(begin)
     _last.append(end)
-
-
-def _on_first() -> None:
-    _quietly(_first)
 
 
 def _quietly(calls: list[Callable[[], None]]) -> None:

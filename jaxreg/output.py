@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.struct
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxreg._types import Array, PyTree
-from jaxreg.spec import BASE, TOTAL
+from jaxreg.spec import BASE, RESERVED_METRICS, TOTAL
 
 
 @flax.struct.dataclass
@@ -99,32 +100,8 @@ class CustomLossOutput:
           ValueError: the output holds more than one step (it went through vmap or scan).
         """
         host = self.on_host()
-        base = host.base_loss
-        regularizers: dict[str, dict[str, Any]] = {
-            name: {
-                "name": name,
-                "value": _number(term.value),
-                "weight": _number(term.weight),
-                "contribution": _number(term.contribution),
-                "grad_norm": _number(term.grad_norm),
-                "grad_norm_weighted": _number(term.grad_norm_weighted),
-                "custom": {k: _number(v) for k, v in term.custom.items()},
-            }
-            for name, term in host.regularizers.items()
-        }
-        result = {
-            "loss_total": _number(host.loss_total),
-            "base_loss": {
-                "value": _number(base.value),
-                "grad_norm": _number(base.grad_norm),
-                "custom": {k: _number(v) for k, v in base.custom.items()},
-            },
-            "regularizers": regularizers,
-            "regularizer_total": _number(host.regularizer_total),
-            "total_grad_norm": _number(host.total_grad_norm),
-        }
         nonfinite = _nonfinite(host)
-        return result | ({"nonfinite": nonfinite} if nonfinite else {})
+        return _nested(host, _number) | ({"nonfinite": nonfinite} if nonfinite else {})
 
     def to_flat_dict(self) -> dict[str, float]:
         """Flat metric names to floats, for trackers; a norm that is not tracked is left out.
@@ -134,25 +111,8 @@ class CustomLossOutput:
         ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
         ``…/<metric>``. Numbers that are not finite stay as they are.
         """
-        host = self.on_host()
-        flat = {
-            "loss/total": host.loss_total,
-            "loss/base": host.base_loss.value,
-            "loss/regularizer_total": host.regularizer_total,
-            "grad_norm/total": host.total_grad_norm,
-            "grad_norm/base": host.base_loss.grad_norm,
-        }
-        flat |= {f"loss/base/{k}": v for k, v in host.base_loss.custom.items()}
-        for name, term in host.regularizers.items():
-            flat |= {
-                f"reg/{name}/value": term.value,
-                f"reg/{name}/weight": term.weight,
-                f"reg/{name}/contribution": term.contribution,
-                f"reg/{name}/grad_norm": term.grad_norm,
-                f"reg/{name}/grad_norm_weighted": term.grad_norm_weighted,
-            }
-            flat |= {f"reg/{name}/{k}": v for k, v in term.custom.items()}
-        return {key: float(value) for key, value in flat.items() if value is not None}
+        numbers = flat(_nested(self.on_host(), lambda number: number))
+        return {name: number for name, number in numbers.items() if number is not None}
 
     def on_host(self) -> CustomLossOutput:
         """The same with floats for scalars and NumPy arrays for others, and without the state.
@@ -174,6 +134,53 @@ class CustomLossOutput:
                 f"scan); take one first: jax.tree.map(lambda a: a[i], out)"
             )
         return jax.tree.unflatten(structure, [_plain(leaf) for leaf in _copied(leaves)])
+
+
+def _nested(host: CustomLossOutput, number: Callable[[Any], float | None]) -> dict[str, Any]:
+    """The schema, with every number as ``number`` makes it."""
+    base = host.base_loss
+    return {
+        "loss_total": number(host.loss_total),
+        "base_loss": {
+            "value": number(base.value),
+            "grad_norm": number(base.grad_norm),
+            "custom": {name: number(metric) for name, metric in base.custom.items()},
+        },
+        "regularizers": {
+            name: {
+                "name": name,
+                **{key: number(getattr(term, key)) for key in RESERVED_METRICS},
+                "custom": {key: number(metric) for key, metric in term.custom.items()},
+            }
+            for name, term in host.regularizers.items()
+        },
+        "regularizer_total": number(host.regularizer_total),
+        "total_grad_norm": number(host.total_grad_norm),
+    }
+
+
+def flat(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of ``to_dict()`` by the names of ``to_flat_dict()``; None where there is none.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> _, out = jr.compose(lambda x, batch: jnp.sum(x))(jnp.ones(3))
+      >>> flat(out.to_dict())["loss/total"], flat(out.to_dict())["grad_norm/total"]
+      (3.0, None)
+    """
+    base = report["base_loss"]
+    numbers = {
+        "loss/total": report["loss_total"],
+        "loss/base": base["value"],
+        "loss/regularizer_total": report["regularizer_total"],
+        "grad_norm/total": report["total_grad_norm"],
+        "grad_norm/base": base["grad_norm"],
+    }
+    numbers |= {f"loss/base/{name}": metric for name, metric in base["custom"].items()}
+    for name, term in report["regularizers"].items():
+        numbers |= {f"reg/{name}/{key}": term[key] for key in RESERVED_METRICS}
+        numbers |= {f"reg/{name}/{key}": metric for key, metric in term["custom"].items()}
+    return numbers
 
 
 def _copied(leaves: list[Any]) -> list[Any]:

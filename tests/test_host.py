@@ -17,7 +17,7 @@ from clients import Recorder, Slow, make_data
 from host_functions import count, dies, exits, raises, sleeps, squares, unpicklable
 
 import jaxreg as jr
-from jaxreg.host import HostRegularizer, HostTermError, HostTermTimeout
+from jaxreg.host import HostRegularizer, HostTermError, HostTermTimeout, runners
 from jaxreg.host.calls import HostCalls
 
 LIKE = [np.full(3, -1.0, np.float32), np.full(2, -2.0, np.float32)]
@@ -378,7 +378,7 @@ class TestBadInput:
             return 1.0
 
         messages = []
-        with HostRegularizer("kb", hangs, 1.0, timeout=0.1, max_concurrency=2) as term:
+        with HostRegularizer("kb", hangs, 1.0, timeout=1.0, max_concurrency=2) as term:
             try:
                 for _ in range(5):
                     with pytest.raises(HostTermTimeout) as error:
@@ -392,7 +392,8 @@ class TestBadInput:
         assert all("cannot be stopped" in message for message in messages[:2])
         assert all("2 earlier calls still run, and max_concurrency=2" in m for m in messages[2:])
 
-    def test_a_coroutine_that_never_returns_is_cancelled(self):
+    def test_a_coroutine_that_never_returns_is_cancelled(self, monkeypatch):
+        monkeypatch.setattr("jaxreg.host.runners.GRACE", 60.0)
         seen = []
 
         async def hangs(data):
@@ -401,7 +402,7 @@ class TestBadInput:
             finally:
                 seen.append("cancelled")
 
-        with HostRegularizer("kb", hangs, 1.0, timeout=0.1, max_concurrency=1) as term:
+        with HostRegularizer("kb", hangs, 1.0, timeout=1.0, max_concurrency=1) as term:
             for _ in range(3):
                 with pytest.raises(HostTermTimeout, match="it was cancelled"):
                     run(term)
@@ -414,7 +415,7 @@ class TestBadInput:
             release.wait()
             return 1.0
 
-        with HostRegularizer("kb", blocks, 1.0, timeout=0.1) as term:
+        with HostRegularizer("kb", blocks, 1.0, timeout=1.0) as term:
             try:
                 with pytest.raises(HostTermTimeout, match="blocks its event loop.*declare it with `def`"):
                     run(term)
@@ -426,22 +427,49 @@ class TestBadInput:
             assert run(term).value == 1.0
 
     def test_one_failure_cancels_the_others(self):
-        cancelled = threading.Event()
+        began, cancelled = threading.Event(), threading.Event()
 
         async def waits(data):
+            began.set()
             try:
                 await asyncio.sleep(1e6)
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
 
-        terms = [HostRegularizer("waits", waits, 1.0, timeout=None), HostRegularizer("kb", raises, 1.0)]
+        def fails(data):
+            assert began.wait(60)
+            raise ValueError("no such fact")
+
+        terms = [HostRegularizer("waits", waits, 1.0, timeout=None), HostRegularizer("kb", fails, 1.0)]
         calls = HostCalls(terms, LIKE)
         calls.start(DATA)
         with pytest.raises(HostTermError, match="no such fact"):
             calls.collect()
         assert cancelled.wait(60)
         terms[0].close()
+
+    @pytest.mark.parametrize("end", ["cancel", "close"])
+    def test_a_loop_that_comes_late_leaves_no_call_behind(self, monkeypatch, end):
+        monkeypatch.setattr("jaxreg.host.runners.GRACE", 0.0)
+        go, began, run_loop = threading.Event(), [], runners._run_loop
+        monkeypatch.setattr(runners, "_run_loop", lambda loop: (go.wait(60), run_loop(loop)))
+
+        async def waits(data):
+            began.append(data)
+            await asyncio.sleep(1e6)
+
+        term = HostRegularizer("waits", waits, 1.0, timeout=None)
+        calls = HostCalls([term], LIKE)
+        calls.start(DATA)
+        ((call, _, _),) = calls._calls.values()
+        calls.cancel() if end == "cancel" else term.close()
+        go.set()
+        assert eventually(call.done)
+        term.close()
+        assert eventually(lambda: not ours())
+        if end == "cancel":
+            assert began == []
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -566,9 +594,10 @@ class TestCancelling:
         term.close()
 
     def test_a_forward_that_fails_cancels_them(self):
-        ended = threading.Event()
+        began, ended = threading.Event(), threading.Event()
 
         async def waits(data):
+            began.set()
             try:
                 await asyncio.sleep(1e6)
             finally:
@@ -579,7 +608,7 @@ class TestCancelling:
                 return concurrent.futures.ThreadPoolExecutor(1).submit(self._fail)
 
             def _fail(self):
-                time.sleep(0.05)
+                assert began.wait(60)
                 raise ConnectionError("gone")
 
         with HostRegularizer("waits", waits, 1.0) as term:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sink_cases import a_report, compute, event
 
 import jaxreg as jr
+from jaxreg.output import flat
 from jaxreg.telemetry import attached, log
-from jaxreg.telemetry.flat import flat
 from jaxreg.telemetry.wire import REDUCTIONS, TinkerMetrics, tinker_metrics
 
 

@@ -49,8 +49,9 @@ class NonFiniteGradient(RemoteError):
       datum: the first datum that it happened to.
     """
 
-    terms: tuple[str, ...] = ()
-    datum: int | None = None
+    def __init__(self, what: str, *, terms: tuple[str, ...], datum: int) -> None:
+        super().__init__(what, step="objective", gradient_applied="no")
+        self.terms, self.datum = terms, datum
 
 
 class LogprobDrift(RemoteError):

@@ -19,7 +19,7 @@ from jaxreg.batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
 from jaxreg.client.local import Linearized, check_groups, dry_run, linearize
 from jaxreg.client.wire import first_nonfinite
-from jaxreg.host.calls import HostCalls, HostResult, norm
+from jaxreg.host.calls import HostCalls, HostResult
 from jaxreg.host.part import part
 from jaxreg.host.regularizer import HostRegularizer
 from jaxreg.host.rows import masked
@@ -54,7 +54,6 @@ class Evaluation:
         self._data, self._batch, self._state, self._key, self._step = data, batch, state, key, step
         self._weights = _weights(objective, host, state)
         self._calls = HostCalls(host, list(like), step)
-        self._like = like
         self._inputs: Inputs | None = None
         self._output: CustomLossOutput
         self._times: dict[str, float] = {}
@@ -158,19 +157,17 @@ def _joined(
                 gradients[i] += weight * slope
         if slopes and (found := first_nonfinite(gradients)):
             i, at, number = found
-            error = NonFiniteGradient(
+            raise NonFiniteGradient(
                 f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from term {name!r} at its "
                 f"weight of {weight:g}, or from the sum with the terms before it",
-                step="objective",
-                gradient_applied="no",
+                terms=(name,),
+                datum=i,
             )
-            error.terms, error.datum = (name,), i
-            raise error
     output = output.replace(  # type: ignore[attr-defined]
         loss_total=np.float32(float(output.loss_total) + added),
         regularizers=type(output.regularizers)((name, terms[name]) for name in names),
         regularizer_total=np.float32(float(output.regularizer_total) + added),
-        total_grad_norm=np.float32(norm(gradients)) if tracked else None,
+        total_grad_norm=np.float32(_norm(gradients)) if tracked else None,
     )
     return Linearized(output, gradients)
 
@@ -183,11 +180,11 @@ def _report(
     tracked: bool,
     per_datum: Any,
 ) -> RegularizerOutput:
-    length = np.float32(norm(gradient)) if tracked else None
+    length = np.float32(_norm(gradient)) if tracked else None
     by_datum = None
     if tracked and per_datum is not None:
         by_datum = np.zeros(np.shape(per_datum), np.float32)
-        by_datum[: len(gradient)] = [norm([slope]) for slope in gradient]
+        by_datum[: len(gradient)] = [_norm([slope]) for slope in gradient]
     fields: dict[str, Any] = {
         "value": np.float32(result.value),
         "weight": weight,
@@ -198,6 +195,10 @@ def _report(
         "grad_norm_per_datum": by_datum,
     }
     return RegularizerOutput(name=name, **fields)
+
+
+def _norm(gradient: Sequence[np.ndarray]) -> float:
+    return float(np.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in gradient)))
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from jaxreg.objective import CompositeLoss
 from jaxreg.output import CustomLossOutput
 from jaxreg.plan import Plan, who
 from jaxreg.spec import BASE, Regularizer, RegularizerSpec, as_spec
+from jaxreg.telemetry.diagnose import diagnose
+from jaxreg.telemetry.log import Inputs
 
 _SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
 Regularizers = Iterable[Regularizer]
@@ -131,43 +133,17 @@ def linearize(
     host = np.asarray(gradient)
     gradients = batch.unpack(host)  # without padding, where a term may have left what it likes
     if not np.isfinite(host).all() and (found := first_nonfinite(gradients)):
-        terms, what = _blame(objective, x, batch, found, state, key)
-        error = NonFiniteGradient(what, step="objective", gradient_applied="no")
-        error.terms, error.datum = terms, found[0]
-        raise error
+        i, at, number = found
+        findings = diagnose(Inputs(objective, x, batch, state, key))  # it compiles, but only after a failure
+        terms = tuple(dict.fromkeys(f.term for f in findings if f.where == "gradient" and f.term))
+        guilty = " and ".join("the base loss" if name == BASE else f"term {name!r}" for name in terms)
+        raise NonFiniteGradient(
+            f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from "
+            f"{guilty or 'the weighted sum: the gradient of each term alone is finite'}",
+            terms=terms,
+            datum=i,
+        )
     return Linearized(output, gradients)
-
-
-def _blame(
-    objective: CompositeLoss,
-    x: np.ndarray,
-    batch: TokenBatch,
-    found: tuple[int, list[int], float],
-    state: PyTree,
-    key: Array | None,
-) -> tuple[tuple[str, ...], str]:
-    """Which terms' gradients are not finite, and where it begins. It compiles, but only after a failure."""
-    i, at, number = found
-    guilty = []
-    for name in (BASE, *objective.names):
-        slope = jax.jit(jax.grad(_value_of(objective, name, batch, state, key)))(x)
-        if first_nonfinite(batch.unpack(slope)):  # not in the padding, which is nobody's business
-            guilty.append(name)
-    names = " and ".join("the base loss" if name == BASE else f"term {name!r}" for name in guilty)
-    return tuple(guilty), (
-        f"d(loss)/d(logprobs) of datum {i} at {at} is {number}; it comes from "
-        f"{names or 'the weighted sum: the gradient of each term alone is finite'}"
-    )
-
-
-def _value_of(
-    objective: CompositeLoss, name: str, batch: TokenBatch, state: PyTree, key: Array | None
-) -> Callable[[Array], Array]:
-    def value(x: Array) -> Array:
-        _, out = objective(x, batch, state=state, key=key)
-        return out.base_loss.value if name == BASE else out.regularizers[name].value
-
-    return value
 
 
 def drift_between(

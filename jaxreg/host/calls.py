@@ -10,9 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from jaxreg._events import emit
+from jaxreg._events import emit, worth_telling
 from jaxreg.host.errors import HostTermError, HostTermTimeout
 from jaxreg.host.result import HostValue, read
 from jaxreg.host.runners import Call
@@ -143,7 +141,7 @@ def _stand_in(said: str, call: Call, term: HostRegularizer, number: int) -> Host
     failures, last, age = term.runtime.failed(number)
     if term.on_error == "skip":
         last = None
-    if failures in (1, 10, 100) or failures % 1000 == 0:
+    if worth_telling(failures):
         LOGGER.warning(
             "%s; it %s (failure %d of this term)",
             said,
@@ -163,8 +161,3 @@ def _result_of(value: HostValue, call: Call, age: int) -> HostResult:
         "host_trains": float(value.gradient is not None),
     }
     return HostResult(value.value, value.metrics | facts, value.gradient)
-
-
-def norm(gradient: Any) -> float:
-    """L2 norm of a list of arrays."""
-    return float(np.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in gradient)))

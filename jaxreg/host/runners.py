@@ -272,8 +272,8 @@ class Coroutines:
         if self._answered is not None and not self._answered.wait(GRACE):
             call.set_exception(RuntimeError("an earlier call still blocks its event loop; " + _BLOCKS))
             return
-        loop = self._running_loop()
-        loop.call_soon_threadsafe(self._begin, call, arguments)
+        with self._lock:  # so that `close` comes before or after, and nothing is lost in between
+            self._running_loop().call_soon_threadsafe(self._begin, call, arguments)
 
     def cancel(self, call: Call) -> None:
         """Ask the loop to cancel its task."""
@@ -294,21 +294,19 @@ class Coroutines:
         """Cancel every task and end the thread; one that is blocked is left to end by itself."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None:
-            with contextlib.suppress(RuntimeError):
+            if loop is not None:
                 loop.call_soon_threadsafe(loop.stop)
-            if thread is not threading.current_thread():
-                thread.join(5 * GRACE)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5 * GRACE)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_run_loop, args=(self._loop,), name=self._name, daemon=True
-                )
-                self._thread.start()
-            return self._loop
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=_run_loop, args=(self._loop,), name=self._name, daemon=True
+            )
+            self._thread.start()
+        return self._loop
 
     def _ask(self, call: Call) -> threading.Event | None:
         """Have the call's task cancelled, and be told of it; None where there is no loop."""
@@ -326,7 +324,12 @@ class Coroutines:
     def _begin(self, call: Call, arguments: tuple[Any, ...]) -> None:
         task = asyncio.get_running_loop().create_task(self._run(call, arguments))
         self._tasks[call] = task
-        task.add_done_callback(lambda _: self._tasks.pop(call, None))
+        task.add_done_callback(functools.partial(self._ended, call))
+
+    def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(call, None)
+        if task.cancelled():  # perhaps before its first line: what it would have caught never reached it
+            _fail(call, RuntimeError("its task was cancelled"))
 
     def _cancel(self, call: Call) -> None:
         if task := self._tasks.get(call):
@@ -340,8 +343,7 @@ class Coroutines:
                 call.begins()
                 result = await self._fn(*arguments)
         except asyncio.CancelledError:
-            _fail(call, RuntimeError("its task was cancelled"))
-            raise
+            raise  # `_ended` sees to it
         except BaseException as error:
             _fail(call, error)
         else:
@@ -368,7 +370,6 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _cancel_all() -> None:
-    await asyncio.sleep(0)  # what was asked for and has not begun becomes a task first
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()

@@ -89,10 +89,9 @@ def _findings(inputs: Inputs) -> Iterator[Finding]:
     x = as_arrays(inputs.x, batch)
     yield from _in_tree("batch", _named(batch), batch)
     yield from _in_tree("x", x, batch, infinite=False)
-    bound = batch, inputs.state, inputs.key
     outputs = x
-    if plan.model is not None:
-        outputs = jax.jit(lambda x: _forward(plan, leaves, x, *bound))(x)
+    if (forward := bind_forward(plan, leaves, batch, inputs.key)) is not None:
+        outputs = jax.jit(forward)(x)
         yield from _in_tree("outputs", outputs, batch, infinite=False)
     for i, name in enumerate(plan.names):
         at = x if plan.places[i] == "params" else outputs
@@ -113,13 +112,6 @@ def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
     if not all(isinstance(values, np.ndarray) for values in x) or [len(v) for v in x] != lengths:
         raise ValueError("x is not one array a datum, of the datum's length")
     return pad(x, *batch.shape)
-
-
-def _forward(plan: Any, leaves: Any, params: PyTree, batch: PyTree, state: PyTree, key: Any) -> PyTree:
-    del state
-    run = bind_forward(plan, leaves, batch, key)
-    assert run is not None  # asked for only where there is a model
-    return run(params)
 
 
 def _value_of(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxreg._events import Event
-from jaxreg.telemetry.flat import flat
+from jaxreg.output import flat
 from jaxreg.telemetry.lines import LineFile
 
 NOTES = frozenset(

@@ -10,6 +10,7 @@ from typing import Any
 from jaxreg._events import emit, listening
 from jaxreg._types import Array, PyTree
 from jaxreg.output import CustomLossOutput
+from jaxreg.spec import RESERVED_METRICS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,8 +74,7 @@ def log(
 
 
 def _of_term(term: Mapping[str, Any]) -> dict[str, float]:
-    keys = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
-    numbers = {key: term[key] for key in keys if term[key] is not None}
+    numbers = {key: term[key] for key in RESERVED_METRICS if term[key] is not None}
     if (seconds := term["custom"].get("host_seconds")) is not None:
         numbers["duration"] = seconds
     return numbers

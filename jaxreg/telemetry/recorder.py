@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class FlightRecorder:
             data = _encoded(entries, reason)
         if len(data) > _msgpack.MAX_BYTES:
             LOGGER.warning("%s is large: read it with max_bytes=%d", path, len(data))
-        write_whole(path, lambda file: file.write(data))
+        write_whole(path, data)
         return path
 
 
@@ -208,12 +208,12 @@ def _encoded(entries: list[dict[str, Any]], reason: str) -> bytes:
     return _msgpack.encode({**about, "steps": entries}, max_depth=MAX_DEPTH)
 
 
-def write_whole(path: Path, write: Callable[[Any], object]) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            file.write(data)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -14,12 +14,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from jaxreg.spec import BASE
+from jaxreg.spec import BASE, RESERVED_METRICS
 
 HUGE = 16 * 2**20  # bytes; a longer line is no record, and is never held in memory
 LARGEST_STEP = 2**53  # beyond it, steps are no longer exact as floats
 LONGEST_TEXT = 4000
-TERM_KEYS = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
 NAN = math.nan
 
 
@@ -147,7 +146,7 @@ def record(data: Mapping[str, Any]) -> Record:
         if not isinstance(term, dict):
             raise ValueError("a term is not an object")
         values |= _numbers(term.get("custom"), f"reg/{name}/")
-        for key in TERM_KEYS:
+        for key in RESERVED_METRICS:
             if (value := term.get(key)) is not None:
                 values[f"reg/{name}/{key}"] = _number(value)
     return Record(_step(data.get("step")), values, tuple(terms), _nonfinite(data, base, terms))

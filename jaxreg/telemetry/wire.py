@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxreg._events import Event
-from jaxreg.output import CustomLossOutput
-from jaxreg.telemetry.flat import flat
+from jaxreg.output import CustomLossOutput, flat
 
 PREFIX = "custom/"
 REDUCTIONS = frozenset({"mean", "sum", "min", "max", "slack"})  # what SDKs old and new know
