@@ -10,7 +10,9 @@
 ``regularizer.compute.start``  a host term begins; metadata: ``term``
 ``regularizer.compute.stop``   a term has its value; measurements: ``value``, ``weight``,
                                ``contribution``, ``grad_norm`` and ``grad_norm_weighted`` where tracked,
-                               ``duration`` for host terms only: compiled terms have none of their own
+                               ``duration`` for host terms only: compiled terms have none of their own.
+                               A host term whose step failed before it counted has its duration alone,
+                               and ``counts=False`` in the metadata
 ``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
 ``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
                                ``changed`` (what was new: shapes, dtypes, functions), ``terms``,

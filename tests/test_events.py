@@ -1,5 +1,6 @@
 """Events and handlers: who hears what, and that a handler harms nobody."""
 
+import asyncio
 import logging
 import threading
 import time
@@ -222,6 +223,40 @@ class TestClient:
         (event,) = heard.named("regularizer.compute.exception")
         assert (event.step, event.metadata["term"], event.metadata["on_error"]) == (3, "facts", "skip")
         assert len(heard.named("custom_loss.stop")) == 1
+
+    def test_every_host_term_that_begins_ends(self):
+        began = threading.Event()
+
+        async def waits(data):
+            began.set()
+            await asyncio.sleep(1e6)
+
+        def fails(data, logprobs):
+            assert began.wait(60)
+            raise OSError("down")
+
+        terms = [
+            jr.host.HostRegularizer("waits", waits, 1.0, timeout=None),
+            jr.host.HostRegularizer("fails", fails, 1.0),
+        ]
+        objective = jr.compose(jr.losses.CrossEntropy(), terms)
+        heard = Heard()
+        with attached(heard), pytest.raises(jr.host.HostTermError, match="down"):
+            jr.client.forward_backward_custom(Slow(), make_data(), objective)
+        for term in terms:
+            term.close()
+        ours = [(e.name, e.metadata.get("term")) for e in heard if e.name != "compile"]
+        assert ours == [
+            ("custom_loss.start", None),
+            ("regularizer.compute.start", "waits"),
+            ("regularizer.compute.start", "fails"),
+            ("regularizer.compute.exception", "fails"),
+            ("regularizer.compute.stop", "waits"),
+            ("custom_loss.exception", None),
+        ]
+        (stop,) = heard.named("regularizer.compute.stop")
+        assert stop.metadata["counts"] is False
+        assert list(stop.measurements) == ["duration"]
 
 
 def _nan(x, batch):

@@ -113,6 +113,7 @@ class Evaluation:
         """Cancel the host terms, and tell what went wrong."""
         self.cancel()
         if self._over.acquire(blocking=False):
+            self._calls.tell_the_rest()
             emit(
                 "custom_loss.exception",
                 step=self._step,

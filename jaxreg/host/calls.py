@@ -38,7 +38,7 @@ class HostResult:
 
 
 class HostCalls:
-    """One step's calls. `start` them, then `collect`; or `cancel`."""
+    """One step's calls. `start` them, then `collect`; or `cancel`, and `tell_the_rest`."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class HostCalls:
         self._like, self._by_datum = like, by_datum
         self._step = step
         self._calls: dict[str, tuple[Call, HostRegularizer, int]] = {}
+        self._failed: set[str] = set()
         self._cancelled: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def start(self, data: Any, logprobs: Any = None) -> None:
@@ -93,6 +94,17 @@ class HostCalls:
             self._cancelled.set_result(None)
         self._stop_all()
 
+    def tell_the_rest(self) -> None:
+        """The step has failed: end, for who listens, what began and neither failed nor will count."""
+        for name, (call, _, _) in tuple(self._calls.items()):
+            if name not in self._failed:
+                emit(
+                    "regularizer.compute.stop",
+                    step=self._step,
+                    measurements={"duration": call.seconds},
+                    metadata={"term": name, "counts": False},
+                )
+
     def _stop_all(self) -> None:
         for call, term, _ in tuple(self._calls.values()):
             if not call.done():
@@ -111,6 +123,7 @@ class HostCalls:
         try:
             value = self._value(call, term)
         except HostTermError as error:
+            self._failed.add(term.name)
             emit(
                 "regularizer.compute.exception",
                 step=self._step,

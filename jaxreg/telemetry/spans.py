@@ -103,7 +103,8 @@ class Spans:
         if step is None or "duration" not in event.measurements or term not in step.terms:
             return
         began, seconds = step.terms.pop(term), event.measurements["duration"]
-        about = {"regularizer": term, "on_error": event.metadata.get("on_error"), **event.measurements}
+        about = {"regularizer": term, **event.measurements}
+        about |= {key: event.metadata.get(key) for key in ("on_error", "counts")}
         error = event.metadata.get("error")
         step.parts.append(_Part("regularizer.compute", began, began + seconds, about, error))
 
