@@ -36,7 +36,7 @@ OUTPUT_TERMS = {
 }
 
 
-def problem(seed, dtype=np.float32):
+def problem(seed, dtype=np.float32, **more):
     rng = np.random.default_rng(seed)
     params = {
         "body": {"w": rng.normal(size=(D, D)), "b": rng.normal(size=D)},
@@ -48,6 +48,7 @@ def problem(seed, dtype=np.float32):
         inputs=rng.normal(size=(B, T, D)).astype(dtype),
         ref=rng.normal(size=(B, T, V)).astype(dtype),
         target_tokens=rng.integers(0, V, (B, T)),
+        **more,
     )
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), params), batch
 
@@ -176,17 +177,22 @@ def test_the_rest_of_a_filtered_pullback_is_never_computed():
     assert head < none + 0.3 * (whole - none)
 
 
+SCALED = jr.compose(
+    cross_entropy,
+    [
+        jr.RegularizerSpec(name="a", fn=lambda z, b: b.mean(z**2), weight=1.0),
+        jr.RegularizerSpec(name="b", fn=lambda z, b: b["factor"][0] * b.mean(z**2), weight=1.0),
+    ],
+    forward=model,
+    track_grad_norms=True,
+)
+
+
 @given(st.integers(0, 1000), st.floats(0.1, 10))
 def test_norms_scale_with_the_value(seed, factor):
     """‖∇(c·v)‖ = c·‖∇v‖, and the weighted norm follows the weight."""
-    params, batch = problem(seed)
-    terms = [
-        jr.RegularizerSpec(name="a", fn=lambda z, b: b.mean(z**2), weight=factor),
-        jr.RegularizerSpec(name="b", fn=lambda z, b: factor * b.mean(z**2), weight=1.0),
-    ]
-    _, out = jr.compose(cross_entropy, terms, forward=model, track_grad_norms=True).value_and_grad(
-        params, batch
-    )[0]
+    params, batch = problem(seed, factor=np.full(B, factor, np.float32))
+    (_, out), _ = SCALED.with_weights({"a": factor}).value_and_grad(params, batch)
     a, b = out.regularizers.values()
     close(b.grad_norm, factor * a.grad_norm)
     close(a.grad_norm_weighted, b.grad_norm)
