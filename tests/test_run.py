@@ -239,6 +239,15 @@ def test_a_tail_and_a_reader_agree_on_a_long_file(tmp_path):
         (note(1, message="spike", term="kl"), "kl: spike"),
         (note(1, message="term 'kl': spike", term="kl"), "term 'kl': spike"),
         (note(1, "regularizer.compute.exception", term="judge", error="E: a\n b"), "judge: E: a b"),
+        (
+            note(
+                1,
+                "regularizer.compute.exception",
+                term="kb",
+                error="HostTermError: host term 'kb': OSError: no",
+            ),
+            "kb: OSError: no",
+        ),
         (note(1, "server.exception", error="timeout"), "the server: timeout"),
         (note(1, "compile", program="f", seconds=2.0, changed=["shape", "dtype"]), "f in 2 s (shape, dtype)"),
         (note(1, "compile"), "a program"),

@@ -79,6 +79,7 @@ class Note:
             changed = self._first("changed")
             said = f"{self._first('program') or 'a program'}{took}" + (f" ({changed})" if changed else "")
         where = self._first("term") or ("the server" if self.event.startswith("server") else "")
+        said = said.rpartition(f"host term {where!r}: ")[2]  # said once is enough where there is little room
         return f"{where}: {said}" if where and where not in said else said
 
     def _first(self, *keys: str) -> str:
