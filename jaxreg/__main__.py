@@ -50,7 +50,7 @@ def add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """``watch``: the live table of a run that another process writes."""
 
     def watch(options: argparse.Namespace) -> int:
-        from jaxreg.telemetry.console import watch
+        from jaxreg.watching.console import watch
 
         watch(options.path, once=options.once, interval=options.interval)
         return 0
@@ -66,7 +66,7 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """``report``: a page about a run, or about some side by side."""
 
     def report(options: argparse.Namespace) -> int:
-        from jaxreg.telemetry.report import report
+        from jaxreg.watching.report import report
 
         print(report(options.path, *options.more, out=options.out))
         return 0
@@ -82,7 +82,7 @@ def add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """``replay``: what a flight recording holds, and what went wrong first."""
 
     def replay(options: argparse.Namespace) -> int:
-        from jaxreg.telemetry.replay import replay, summary
+        from jaxreg.recorder.replay import replay, summary
 
         if options.objective is None:
             print(summary(options.path))

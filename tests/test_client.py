@@ -334,7 +334,7 @@ def test_no_torch_on_the_way_and_no_sdk_needed():
 
 
 def test_random_lengths_compile_few_programs():
-    from jaxreg import step
+    from jaxreg.core import step
 
     traces = 0
 

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from run_cases import decay, line, note, term, write
 
 import jaxreg as jr
-from jaxreg import __main__, _events
-from jaxreg.telemetry import console as live
-from jaxreg.telemetry.board import Board, buckets
-from jaxreg.telemetry.console import LiveTable, watch
-from jaxreg.telemetry.records import parse
+from jaxreg import __main__
+from jaxreg.base import events as _events
+from jaxreg.watching import console as live
+from jaxreg.watching.board import Board, buckets
+from jaxreg.watching.console import LiveTable, watch
+from jaxreg.watching.records import parse
 
 rich = pytest.importorskip("rich")
 from rich.cells import cell_len  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from jaxreg.telemetry.table import BoardTable, Signs, sparkline  # noqa: E402
+from jaxreg.watching.table import BoardTable, Signs, sparkline  # noqa: E402
 
 NAMES = ["kl", "entropy_bonus", "a_name_that_is_much_longer_than_the_others", "l2", "漢字の名前"]
 HOST = {"host_seconds": 0.52, "host_age": 3.0, "host_trains": 0.0}

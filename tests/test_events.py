@@ -11,7 +11,7 @@ import pytest
 from clients import Scripted, Slow, make_data, sft
 
 import jaxreg as jr
-from jaxreg import _events
+from jaxreg.base import events as _events
 from jaxreg.telemetry import attach, attached, detach, emit, log
 
 

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxreg as jr
-from jaxreg import _msgpack
+from jaxreg.base import msgpack as _msgpack
+from jaxreg.recorder.recording import from_plain, to_plain
 from jaxreg.telemetry import (
     FlightRecorder,
     Inputs,
@@ -30,7 +31,6 @@ from jaxreg.telemetry import (
     read_recording,
     replay,
 )
-from jaxreg.telemetry.recording import from_plain, to_plain
 
 
 def logs(x, batch):
@@ -113,7 +113,7 @@ class TestRecorder:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("jaxreg.telemetry.recorder.write_whole", full)
+            patch.setattr("jaxreg.recorder.recorder.write_whole", full)
             recorder = record(tmp_path, [-1.0])
         assert "could not be written" in caplog.text
         assert "No space left" in caplog.text

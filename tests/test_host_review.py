@@ -19,7 +19,7 @@ from clients import Scripted, Slow, make_data
 from host_functions import count
 
 import jaxreg as jr
-from jaxreg import _events
+from jaxreg.base import events as _events
 from jaxreg.host import HostRegularizer, HostTermError
 from jaxreg.host.calls import HostCalls
 from jaxreg.telemetry import FlightRecorder, Inputs, Warnings, attached, emit, log, read_recording, replay

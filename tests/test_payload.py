@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxreg as jr
-from jaxreg import _msgpack
+from jaxreg.base import msgpack as _msgpack
 
 payload = jr.client.payload
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -11,7 +11,7 @@ from library_cases import CASES, data
 from test_library import prepared
 
 import jaxreg as jr
-from jaxreg import step
+from jaxreg.core import step
 
 
 def made(name):

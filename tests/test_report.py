@@ -15,11 +15,11 @@ from hypothesis.extra.numpy import arrays
 from run_cases import decay, line, note, term, write
 
 from jaxreg import __main__
-from jaxreg.telemetry.curves import BUCKETS, thin
-from jaxreg.telemetry.plots import DARK, DASHES, LIGHT, Drawing, Style, plot
-from jaxreg.telemetry.report import escaped, report, told_apart
-from jaxreg.telemetry.run import read_run
-from jaxreg.telemetry.summary import summary
+from jaxreg.watching.curves import BUCKETS, thin
+from jaxreg.watching.plots import DARK, DASHES, LIGHT, Drawing, Style, plot
+from jaxreg.watching.report import escaped, report, told_apart
+from jaxreg.watching.run import read_run
+from jaxreg.watching.summary import summary
 
 pytest.importorskip("matplotlib")
 from matplotlib import pyplot

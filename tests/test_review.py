@@ -132,7 +132,7 @@ def _pick(params, batch):
 
 def test_nnx_paths_and_patterns():
     _, params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    from jaxreg._paths import leaf_paths, select_leaves
+    from jaxreg.base.paths import leaf_paths, select_leaves
 
     assert leaf_paths({"head": params}) == ["head/bias", "head/kernel"]
     assert select_leaves({"head": params}, "*/kernel", "x") == [False, True]

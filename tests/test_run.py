@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from run_cases import decay, line, note, term, write
 
 import jaxreg as jr
-from jaxreg.telemetry.records import Lines, Note, Record, parse
-from jaxreg.telemetry.run import Run, Tail, read_run
+from jaxreg.watching.records import Lines, Note, Record, parse
+from jaxreg.watching.run import Run, Tail, read_run
 
 
 def run_of(*objects):
@@ -261,9 +261,9 @@ def test_a_note_says_what_happened_on_one_line(details, text):
 
 def test_reading_and_importing_need_no_extra():
     code = (
-        "import sys, jaxreg, jaxreg.__main__; from jaxreg.telemetry import console, plots, report, run;"
+        "import sys, jaxreg, jaxreg.__main__; from jaxreg.watching import console, plots, report, run;"
         # Flax brings rich and imports it itself; jaxreg's only module that does must not be in.
-        "print([m for m in ('matplotlib', 'PIL', 'jaxreg.telemetry.table') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'PIL', 'jaxreg.watching.table') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -357,7 +357,7 @@ class TestGoingOn:
         assert JSONL(path).last_step == 4
         records = written(path, *(stop(step, a_report("l1", total=2.0)) for step in range(3, 6)))
         assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 3, 4, 5]
-        read_run = pytest.importorskip("jaxreg.telemetry.run").read_run
+        read_run = pytest.importorskip("jaxreg.watching.run").read_run
         assert list(read_run(path).series("loss/total")) == [1, 1, 1, 2, 2, 2]
 
 

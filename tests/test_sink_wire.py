@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sink_cases import a_report, compute, event
 
 import jaxreg as jr
-from jaxreg.output import flat
+from jaxreg.core.output import flat
 from jaxreg.telemetry import attached, log
 from jaxreg.telemetry.wire import REDUCTIONS, TinkerMetrics, tinker_metrics
 

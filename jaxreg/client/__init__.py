@@ -1,4 +1,8 @@
-"""Remote fine-tuning: the server runs the model, the loss is computed and differentiated here."""
+"""Remote fine-tuning: the server runs the model, the loss is computed and differentiated here.
+
+Imports ``base``, ``batch``, ``core``, ``events``, ``host`` and, to say what went wrong, ``recorder``.
+Read first: `custom.py`, the step in one line.
+"""
 
 from jaxreg.client import payload as payload
 from jaxreg.client.check import BackendReport as BackendReport

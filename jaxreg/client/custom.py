@@ -8,16 +8,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxreg._types import Array, PyTree, TermFn
+from jaxreg.base.types import Array, PyTree, TermFn
 from jaxreg.client.errors import RequestFailed
 from jaxreg.client.evaluation import step_of, telling_of_failure
 from jaxreg.client.local import Regularizers, as_objective
 from jaxreg.client.requests import arrival, wait
 from jaxreg.client.task import Task
 from jaxreg.client.types import CustomResult
-from jaxreg.norms import GradNorms
-from jaxreg.objective import CompositeLoss
-from jaxreg.output import CustomLossOutput
+from jaxreg.core.norms import GradNorms
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import CustomLossOutput
 
 
 def forward_backward_custom(

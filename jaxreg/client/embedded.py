@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg._arrays import to_numpy
-from jaxreg._packing import next_rows, pad
-from jaxreg._types import Array, PyTree
+from jaxreg.base.arrays import to_numpy
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.packing import next_rows, pad
 from jaxreg.client import wire
 from jaxreg.client.futures import ClientFuture
 from jaxreg.client.types import ForwardBackwardOutput

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg._events import emit, listening
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import TokenBatch
+from jaxreg.base.events import emit, listening
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
 from jaxreg.client.local import Linearized, check_groups, dry_run, linearize
 from jaxreg.client.wire import first_nonfinite
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import CustomLossOutput, RegularizerOutput
+from jaxreg.events.log import Inputs, log
 from jaxreg.host.calls import HostCalls, HostResult
 from jaxreg.host.part import part
 from jaxreg.host.regularizer import HostRegularizer
 from jaxreg.host.rows import masked
-from jaxreg.objective import CompositeLoss
-from jaxreg.output import CustomLossOutput, RegularizerOutput
-from jaxreg.telemetry.log import Inputs, log
 
 
 class Evaluation:

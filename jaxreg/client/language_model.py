@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxreg._types import Array, PyTree
+from jaxreg.base.types import Array, PyTree
 
 
 class LanguageModel(nn.Module):

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxreg._packing import pad
-from jaxreg._types import Array, PyTree, TermFn
-from jaxreg.batch import TokenBatch
+from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.packing import pad
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
 from jaxreg.client.wire import first_nonfinite
-from jaxreg.compose import compose
+from jaxreg.core.compose import compose
+from jaxreg.core.norms import GradNorms
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import CustomLossOutput
+from jaxreg.core.plan import Plan, who
+from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec
+from jaxreg.events.log import Inputs
 from jaxreg.host.callback import HostTerm
-from jaxreg.norms import GradNorms
-from jaxreg.objective import CompositeLoss
-from jaxreg.output import CustomLossOutput
-from jaxreg.plan import Plan, who
-from jaxreg.spec import BASE, Regularizer, RegularizerSpec, as_spec
-from jaxreg.telemetry.diagnose import diagnose
-from jaxreg.telemetry.log import Inputs
+from jaxreg.recorder.diagnose import diagnose
 
 _SEEN: weakref.WeakKeyDictionary[Plan, set[Any]] = weakref.WeakKeyDictionary()
 Regularizers = Iterable[Regularizer]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg import _msgpack
-from jaxreg._arrays import to_numpy
-from jaxreg._msgpack import DecodeError
+from jaxreg.base import msgpack as _msgpack
+from jaxreg.base.arrays import to_numpy
+from jaxreg.base.msgpack import DecodeError
 from jaxreg.client import wire
 
 TENSOR_KEYS = {"data", "dtype", "shape"}

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxreg._arrays import to_numpy
-from jaxreg._events import emit
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import TokenBatch
+from jaxreg.base.arrays import to_numpy
+from jaxreg.base.events import emit
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client import wire
 from jaxreg.client.errors import LogprobDrift
 from jaxreg.client.evaluation import Evaluation
@@ -21,8 +21,8 @@ from jaxreg.client.local import drift_between
 from jaxreg.client.requests import LOSS, submit
 from jaxreg.client.slots import Slots
 from jaxreg.client.types import CustomResult, Drift
-from jaxreg.objective import CompositeLoss
-from jaxreg.output import CustomLossOutput
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import CustomLossOutput
 
 
 class Task:

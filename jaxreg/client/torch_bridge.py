@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreg._arrays import to_numpy
-from jaxreg._types import Array, PyTree, TermFn
-from jaxreg.batch import TokenBatch
+from jaxreg.base.arrays import to_numpy
+from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client import wire
 from jaxreg.client.evaluation import Evaluation, telling_of_failure
 from jaxreg.client.local import Regularizers, as_objective
-from jaxreg.norms import GradNorms
-from jaxreg.objective import CompositeLoss
-from jaxreg.output import CustomLossOutput
+from jaxreg.core.norms import GradNorms
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import CustomLossOutput
 
 SideData = Sequence[Mapping[str, Any]] | Callable[[Sequence[Any]], Sequence[Mapping[str, Any]]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg.output import CustomLossOutput
+from jaxreg.core.output import CustomLossOutput
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg._arrays import array_of, to_numpy
+from jaxreg.base.arrays import array_of, to_numpy
 from jaxreg.client.errors import Applied, BadReply, Step
 
 TARGETS, WEIGHTS, LOGPROBS = "target_tokens", "weights", "logprobs"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._types import Array, PyTree
+from jaxreg.base.types import Array, PyTree
 from jaxreg.host.calls import HostCalls
 from jaxreg.host.errors import HostTermError
 from jaxreg.host.rows import as_data, as_gradient, as_values, is_by_datum

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxreg._events import emit, worth_telling
+from jaxreg.base.events import emit, worth_telling
 from jaxreg.host.errors import HostTermError, HostTermTimeout
 from jaxreg.host.result import HostValue, read
 from jaxreg.host.runners import Call

@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple
 
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.plan import Plan, shared
 from jaxreg.host.callback import HostTerm
 from jaxreg.host.regularizer import HostRegularizer
-from jaxreg.objective import CompositeLoss
-from jaxreg.plan import Plan, shared
 
 
 class _Parts(NamedTuple):

@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
-from jaxreg._types import ArrayLike, Place, Schedule
+from jaxreg.base.types import ArrayLike, Place, Schedule
+from jaxreg.core.spec import RESERVED_METRICS, RegularizerSpec, check_name, check_weight
 from jaxreg.host.callback import HostTerm
 from jaxreg.host.result import OWN, HostValue
 from jaxreg.host.runners import Coroutines, Processes, Runner, Threads
-from jaxreg.spec import RESERVED_METRICS, RegularizerSpec, check_name, check_weight
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _RUNNERS: dict[str, Callable[..., Runner]] = {

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreg._arrays import to_numpy
+from jaxreg.base.arrays import to_numpy
+from jaxreg.core.spec import RESERVED_METRICS
 from jaxreg.host.errors import HostTermError
-from jaxreg.spec import RESERVED_METRICS
 
 CONTRACT = "value, (value, metrics) or (value, metrics, gradient)"
 FLOAT32_MAX = float(np.finfo(np.float32).max)

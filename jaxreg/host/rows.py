@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreg._types import PyTree
-from jaxreg.batch import TokenBatch
+from jaxreg.base.types import PyTree
+from jaxreg.batch.token_batch import TokenBatch
 
 
 class Row(dict[str, Any]):

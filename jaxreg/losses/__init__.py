@@ -1,4 +1,7 @@
-"""Base losses, by what they learn from."""
+"""Base losses, by what they learn from.
+
+Imports ``base``, ``batch`` and ``terms``. Read first: `likelihood.py`.
+"""
 
 from jaxreg.losses.distillation import KLTopK as KLTopK
 from jaxreg.losses.distillation import ReverseKLTopK as ReverseKLTopK

@@ -12,7 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import (
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch, as_token_batch
+from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
@@ -20,9 +22,7 @@ from jaxreg._reductions import (
     not_infinite,
     reduce_tokens,
 )
-from jaxreg._term import Source, needs, read_like, term
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import TokenBatch, as_token_batch
+from jaxreg.terms.term import Source, needs, read_like, term
 
 Result = tuple[Array, dict[str, Array]]
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import logprob_values, not_infinite
-from jaxreg._term import Source, needs, read_like, term
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import TokenBatch, as_token_batch
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch, as_token_batch
+from jaxreg.terms.masked import logprob_values, not_infinite
+from jaxreg.terms.term import Source, needs, read_like, term
 
 
 @term

@@ -1,4 +1,7 @@
-"""Regularizers, by what they are a function of."""
+"""Regularizers, by what they are a function of.
+
+Imports ``base``, ``batch`` and ``terms``. Read first: `distributions.py`.
+"""
 
 from jaxreg.regularizers.distributions import JS as JS
 from jaxreg.regularizers.distributions import KL as KL

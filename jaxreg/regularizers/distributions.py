@@ -8,7 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg._reductions import (
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import as_token_batch
+from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
@@ -19,9 +21,7 @@ from jaxreg._reductions import (
     real_values,
     reduce_tokens,
 )
-from jaxreg._term import Source, needs, read_like, term
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import as_token_batch
+from jaxreg.terms.term import Source, needs, read_like, term
 
 
 @term

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg._numbers import safe_root, widened
-from jaxreg._paths import PathFilter, leaf_paths, select_leaves
-from jaxreg._reductions import check_choice
-from jaxreg._term import term
-from jaxreg._types import Array, PyTree
+from jaxreg.base.numbers import safe_root, widened
+from jaxreg.base.paths import PathFilter, leaf_paths, select_leaves
+from jaxreg.base.types import Array, PyTree
 from jaxreg.regularizers.structure import MODES, gram_distance
+from jaxreg.terms.masked import check_choice
+from jaxreg.terms.term import term
 
 Result = tuple[Array, dict[str, Array]]
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxreg._reductions import (
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch, as_token_batch
+from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
@@ -17,9 +19,7 @@ from jaxreg._reductions import (
     real_values,
     reduce_tokens,
 )
-from jaxreg._term import Source, needs, read_like, term
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import TokenBatch, as_token_batch
+from jaxreg.terms.term import Source, needs, read_like, term
 
 
 @term

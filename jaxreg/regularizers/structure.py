@@ -9,8 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg._numbers import safe_root, widened
-from jaxreg._reductions import (
+from jaxreg.base.numbers import safe_root, widened
+from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import as_token_batch
+from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
@@ -21,9 +23,7 @@ from jaxreg._reductions import (
     real_values,
     reduce_tokens,
 )
-from jaxreg._term import Source, needs, read, read_like, term
-from jaxreg._types import Array, PyTree
-from jaxreg.batch import as_token_batch
+from jaxreg.terms.term import Source, needs, read, read_like, term
 
 METRICS = ("mse", "l1", "cosine", "kl")
 MODES = ("soft", "hard", "spectral")

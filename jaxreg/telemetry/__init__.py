@@ -1,32 +1,36 @@
-"""Events for everything that happens, sinks that write them down, and something to look at."""
+"""Events for everything that happens, sinks that write them down, and something to look at.
 
-from jaxreg._events import Event as Event
-from jaxreg._events import attach as attach
-from jaxreg._events import attached as attached
-from jaxreg._events import detach as detach
-from jaxreg._events import emit as emit
-from jaxreg.telemetry.console import LiveTable as LiveTable
-from jaxreg.telemetry.console import watch as watch
-from jaxreg.telemetry.diagnose import Finding as Finding
-from jaxreg.telemetry.diagnose import diagnose as diagnose
+The sinks and the warnings live here; the recorder and what shows a run have rooms of their own, and are named
+here for users. Imports every room but ``client``, ``testing`` and the terms. Read first: `jsonl.py`.
+"""
+
+from jaxreg.base.events import Event as Event
+from jaxreg.base.events import attach as attach
+from jaxreg.base.events import attached as attached
+from jaxreg.base.events import detach as detach
+from jaxreg.base.events import emit as emit
+from jaxreg.events.log import Inputs as Inputs
+from jaxreg.events.log import log as log
+from jaxreg.recorder.diagnose import Finding as Finding
+from jaxreg.recorder.diagnose import diagnose as diagnose
+from jaxreg.recorder.recorder import FlightRecorder as FlightRecorder
+from jaxreg.recorder.recorder import RecordedStep as RecordedStep
+from jaxreg.recorder.recorder import read_recording as read_recording
+from jaxreg.recorder.recording import Lost as Lost
+from jaxreg.recorder.replay import Replay as Replay
+from jaxreg.recorder.replay import replay as replay
 from jaxreg.telemetry.jsonl import JSONL as JSONL
-from jaxreg.telemetry.log import Inputs as Inputs
-from jaxreg.telemetry.log import log as log
 from jaxreg.telemetry.logs import Logging as Logging
 from jaxreg.telemetry.otel import OpenTelemetry as OpenTelemetry
-from jaxreg.telemetry.plots import plot as plot
-from jaxreg.telemetry.recorder import FlightRecorder as FlightRecorder
-from jaxreg.telemetry.recorder import RecordedStep as RecordedStep
-from jaxreg.telemetry.recorder import read_recording as read_recording
-from jaxreg.telemetry.recording import Lost as Lost
-from jaxreg.telemetry.replay import Replay as Replay
-from jaxreg.telemetry.replay import replay as replay
-from jaxreg.telemetry.report import report as report
-from jaxreg.telemetry.run import Run as Run
-from jaxreg.telemetry.run import Tail as Tail
-from jaxreg.telemetry.run import read_run as read_run
 from jaxreg.telemetry.tensorboard import TensorBoard as TensorBoard
 from jaxreg.telemetry.wandb import WandB as WandB
 from jaxreg.telemetry.warnings import Warnings as Warnings
 from jaxreg.telemetry.wire import TinkerMetrics as TinkerMetrics
 from jaxreg.telemetry.wire import tinker_metrics as tinker_metrics
+from jaxreg.watching.console import LiveTable as LiveTable
+from jaxreg.watching.console import watch as watch
+from jaxreg.watching.plots import plot as plot
+from jaxreg.watching.report import report as report
+from jaxreg.watching.run import Run as Run
+from jaxreg.watching.run import Tail as Tail
+from jaxreg.watching.run import read_run as read_run

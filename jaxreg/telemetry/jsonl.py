@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxreg._events import Event
-from jaxreg.output import flat
+from jaxreg.base.events import Event
+from jaxreg.core.output import flat
 from jaxreg.telemetry.lines import LineFile
 
 NOTES = frozenset(

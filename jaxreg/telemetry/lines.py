@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxreg._events import LOGGER
+from jaxreg.base.events import LOGGER
 
 BLOCK = 2**16  # bytes read at once, from the file's end
 SETTLE = 0.05  # seconds; a living writer has ended its line by then

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from jaxreg._events import Event
+from jaxreg.base.events import Event
 
 
 class Logging:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxreg._events import Event
-from jaxreg._version import __version__
-from jaxreg.telemetry.extras import need
+from jaxreg.base.events import Event
+from jaxreg.base.extras import need
+from jaxreg.base.version import __version__
 from jaxreg.telemetry.spans import Spans
 
 OF_A_TERM = ("value", "weight", "contribution", "grad_norm")

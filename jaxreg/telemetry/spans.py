@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jaxreg._events import Event
-from jaxreg.telemetry.extras import need
+from jaxreg.base.events import Event
+from jaxreg.base.extras import need
 
 MOST = 1000  # steps that have begun and not ended
 TOLD = 1000  # steps whose span may still get a late failure of the server under it

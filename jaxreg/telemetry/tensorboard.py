@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from jaxreg._events import Event
-from jaxreg.telemetry.extras import need
+from jaxreg.base.events import Event
+from jaxreg.base.extras import need
 
 FLUSH = 10.0  # seconds between what is shown; TensorBoard's own writer waits for two minutes
 

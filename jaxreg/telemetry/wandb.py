@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxreg._events import Event
-from jaxreg.telemetry.extras import need
+from jaxreg.base.events import Event
+from jaxreg.base.extras import need
 
 STEP = "step"
 LONGEST_TITLE = 63  # letters; longer ones are refused

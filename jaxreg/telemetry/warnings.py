@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxreg._events import Event, emit
-from jaxreg.spec import BASE, TOTAL
-from jaxreg.telemetry.diagnose import diagnose
-from jaxreg.telemetry.log import Inputs
+from jaxreg.base.events import Event, emit
+from jaxreg.core.spec import BASE, TOTAL
+from jaxreg.events.log import Inputs
+from jaxreg.recorder.diagnose import diagnose
 
 LOGGER = logging.getLogger("jaxreg.warnings")
 SHOWN = 3  # places of a number that is not finite

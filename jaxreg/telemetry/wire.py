@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxreg._events import Event
-from jaxreg.output import CustomLossOutput, flat
+from jaxreg.base.events import Event
+from jaxreg.core.output import CustomLossOutput, flat
 
 PREFIX = "custom/"
 REDUCTIONS = frozenset({"mean", "sum", "min", "max", "slack"})  # what SDKs old and new know

@@ -1,4 +1,7 @@
-"""Checks: that this JAX computes right on this machine, and that a term of your own keeps the contract."""
+"""Checks: that this JAX computes right on this machine, and that a term of your own keeps the contract.
+
+Imports ``base``, ``batch`` and ``core``. Read first: `terms.py`.
+"""
 
 from jaxreg.testing.numerics import NumericsReport as NumericsReport
 from jaxreg.testing.numerics import check_numerics as check_numerics

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._types import Array
+from jaxreg.base.types import Array
 
 _TOLERANCE = 1e-3  # Sound releases stay below 1e-5, faulty ones are off by 0.1 and more.
 _SHAPE = (6, 8, 128, 256)  # Smaller arrays come out right everywhere.

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._paths import leaf_paths
-from jaxreg._types import Array, PyTree, TermFn
-from jaxreg.batch import TokenBatch
-from jaxreg.spec import call_term, requested_arguments
-from jaxreg.spec import check_term as check_signature
+from jaxreg.base.paths import leaf_paths
+from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.core.spec import call_term, requested_arguments
+from jaxreg.core.spec import check_term as check_signature
 
 _GARBAGE = (7.5, -np.inf, np.nan)
 

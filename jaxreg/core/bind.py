@@ -1,0 +1,102 @@
+"""Close every term, and the model, over all but the value that is differentiated."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.base.paths import leaf_paths
+from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.core.gradients import BoundTerm
+from jaxreg.core.plan import Leaves, Plan, who
+from jaxreg.core.spec import call_term, has_default, requested_arguments
+from jaxreg.core.state import own_state
+from jaxreg.core.weights import weights_at
+
+
+def bind_terms(
+    plan: Plan, leaves: Leaves, batch: PyTree, state: PyTree, key: Array | None
+) -> list[BoundTerm]:
+    """The terms as functions of the differentiated value, each with the weight of this step."""
+    fns, weights = plan.fns(leaves), weights_at(plan, leaves, state)
+    terms = []
+    for name, fn, place, weight in zip(plan.names, fns, plan.places, weights, strict=True):
+        extra = _own_key(fn, key, name, who(name))
+        if "state" in requested_arguments(fn):
+            extra["state"] = own_state(state, name)
+        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, place == "params"))
+    return terms
+
+
+def bind_forward(
+    plan: Plan, leaves: Leaves, batch: PyTree, key: Array | None
+) -> Callable[[PyTree], PyTree] | None:
+    """The model as a function of its params, or None where there is no model."""
+    if plan.model is None:
+        return None
+    model = plan.model.with_arrays(leaves.model)
+    extra = _own_key(model, key, "/forward", "forward")  # a name that no term may have
+
+    def forward(params: PyTree) -> PyTree:
+        with jax.named_scope("forward"):
+            outputs = model(params, batch, **extra)
+        check_differentiable(
+            outputs,
+            "what forward returns",
+            "let forward return floating-point arrays only, and put the others into the batch",
+        )
+        return outputs
+
+    return forward
+
+
+def check_argument(plan: Plan, x: PyTree) -> None:
+    """Refuse an x that has no gradient. JAX refuses it, too, but does not say which leaf it is."""
+    check_differentiable(
+        x,
+        "x" if plan.model is None else "params",
+        "differentiate floating-point arrays only, and put the others into the batch or close forward "
+        "over them (nnx.split(model, nnx.Param, ...), equinox.partition)",
+    )
+
+
+def check_differentiable(tree: PyTree, what: str, remedy: str) -> None:
+    """Refuse a pytree with a leaf that has no gradient, and name the leaf."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        raise ValueError(f"{what} has no array in it, so there is nothing to differentiate")
+    for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
+        where = f"{what}, at {path!r}," if path else what
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{where} is no array but {type(leaf).__name__}; part the arrays from the rest first "
+                f"(nnx.split, equinox.partition) and put them together in forward"
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{where} has dtype {dtype}, which has no gradient; {remedy}")
+
+
+def _bound(
+    fn: TermFn, batch: PyTree, extra: dict[str, Any], whose: str
+) -> Callable[[PyTree], tuple[Array, tuple[dict[str, Array], PyTree]]]:
+    def bound(x: PyTree) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
+        with jax.named_scope(whose.replace(" ", "_")):
+            value, metrics, next_state = call_term(fn, x, batch, extra, whose)
+        return value, (metrics, next_state)
+
+    return bound
+
+
+def _own_key(fn: TermFn, key: Array | None, name: str, whose: str) -> dict[str, Any]:
+    """The ``key`` argument, if fn asks for one: its own, which adding or dropping a term does not change."""
+    if "key" not in requested_arguments(fn) or (key is None and has_default(fn, "key")):
+        return {}
+    if key is None:
+        raise ValueError(f"{whose}: it asks for a random key: pass key=jax.random.key(seed)")
+    return {"key": jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)}

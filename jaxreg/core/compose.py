@@ -1,0 +1,117 @@
+"""Terms in, one pure function out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxreg.base.types import Place, PyTree, TermFn
+from jaxreg.core.norms import GradNorms, as_grad_norms
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.plan import Leaves, shared, who
+from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, split_arrays
+from jaxreg.core.weights import weight_leaf
+
+
+def compose(
+    loss_fn: TermFn,
+    regularizers: Iterable[Regularizer] = (),
+    *,
+    forward: Callable[..., PyTree] | None = None,
+    track_grad_norms: bool | GradNorms = False,
+) -> CompositeLoss:
+    """Compose one base loss and any number of weighted terms into one objective.
+
+    ``loss_total = base + Σ weightᵢ·valueᵢ``.
+
+    Args:
+      loss_fn: the base loss, ``fn(x, batch) -> value`` or ``(value, metrics)``.
+      regularizers: `RegularizerSpec`s, mappings with the keys ``fn``, ``weight`` and ``name``, or
+        `jaxreg.host.HostRegularizer`s.
+      forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
+        base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` the params. It
+        may take ``key`` by keyword, for dropout.
+      track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument
+        that is differentiated, or a `GradNorms` that says more.
+
+    Returns:
+      A `CompositeLoss`: a pure function and a pytree, compiled when it is called eagerly.
+
+    Raises:
+      TypeError, ValueError: naming the term and the remedy.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> def nll(logprobs, batch):
+      ...     return -jnp.mean(logprobs)
+      >>> def l1(logprobs, batch):
+      ...     return jnp.mean(jnp.abs(logprobs)), {"max": jnp.max(jnp.abs(logprobs))}
+      >>> objective = jr.compose(
+      ...     nll, [jr.RegularizerSpec(name="l1", fn=l1, weight=0.5)], track_grad_norms=True)
+      >>> (loss, out), grads = objective.value_and_grad(jnp.array([-1.0, -3.0]))
+      >>> loss.item(), out.regularizers["l1"].value.item(), grads.tolist()
+      (3.0, 2.0, [-0.75, -0.75])
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"compose needs a base loss first, a function of (x, batch), then the regularizers; got "
+            f"{'None' if loss_fn is None else type(loss_fn).__name__}"
+        )
+    check_term(loss_fn, "base loss")
+    specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
+    _check_names(specs)
+    _check_forward(forward, specs)
+    norms = as_grad_norms(track_grad_norms)
+    if norms is not None:
+        norms.check_fits(forward)
+
+    parts, arrays = [], []
+    names = [BASE, *(spec.name for spec in specs)]
+    for name, fn in zip(names, [loss_fn, *(spec.fn for spec in specs)], strict=True):
+        static, held = split_arrays(fn, who(name))
+        parts.append(static)
+        arrays.append(held)
+    model, model_arrays = (None, ()) if forward is None else split_arrays(forward, "forward")
+    places: tuple[Place, ...] = ("outputs", *(spec.on for spec in specs))
+    schedules = (None, *(s.weight if callable(s.weight) else None for s in specs))
+    leaves = Leaves(
+        constants={s.name: weight_leaf(0.0 if callable(s.weight) else s.weight) for s in specs},
+        held={s.name: jnp.asarray(False) for s in specs if callable(s.weight)},
+        terms=tuple(arrays),
+        model=model_arrays,
+    )
+    return CompositeLoss(leaves, shared(tuple(names), tuple(parts), places, schedules, model, norms))
+
+
+def _as_iterable(regularizers: Any) -> Iterable[Any]:
+    if not isinstance(regularizers, Iterable) and not isinstance(regularizers, RegularizerSpec):
+        raise TypeError(f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}")
+    if isinstance(regularizers, RegularizerSpec) or (
+        isinstance(regularizers, Mapping) and "fn" in regularizers
+    ):
+        raise TypeError("regularizers is a sequence of terms; put this one term into a list")
+    return regularizers
+
+
+def _check_names(specs: Sequence[RegularizerSpec]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise ValueError(f"two terms are named {spec.name!r}; every term needs its own name")
+        seen.add(spec.name)
+
+
+def _check_forward(forward: object, specs: Sequence[RegularizerSpec]) -> None:
+    if forward is not None:
+        if not callable(forward):
+            raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")
+        check_term(forward, "forward")
+        return
+    for spec in specs:
+        if spec.on == "params":
+            raise ValueError(
+                f"term {spec.name!r}: on='params' needs to know what is params and what outputs: "
+                f"give compose the model, forward=apply_fn"
+            )

@@ -1,0 +1,189 @@
+"""The objective that compose makes: a pure function and a pytree."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxreg.base.events import listening
+from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
+from jaxreg.core import step
+from jaxreg.core.output import CustomLossOutput
+from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.spec import check_weight
+from jaxreg.core.state import first_state
+from jaxreg.core.weights import weight_leaf, weights_at
+from jaxreg.events.compiles import calling
+
+
+@flax.struct.dataclass(eq=False)  # hashed by identity, so that jax.jit(objective) works
+class CompositeLoss:
+    """An objective: ``base + Σ weightᵢ·valueᵢ`` as a pure function and a pytree.
+
+    Made by `compose`. Its leaves are the weights and the arrays that its terms hold, so it can be an
+    argument of a jitted function, and changing a weight compiles nothing. Called eagerly it compiles
+    itself; inside ``jit``, ``grad``, ``vmap``, ``scan`` and ``jax.checkpoint`` it becomes a part of
+    what is traced.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxreg as jr
+      >>> objective = jr.compose(
+      ...     lambda x, batch: jnp.sum(x),
+      ...     [jr.RegularizerSpec(name="l2", fn=lambda x, batch: jnp.sum(x**2), weight=1.0)])
+      >>> x = jnp.array([1.0, 2.0])
+      >>> loss, out = objective(x)
+      >>> (loss, out), grads = jax.value_and_grad(objective, has_aux=True)(x)
+      >>> grads.tolist(), objective.only().value_and_grad(x)[1].tolist()
+      ([3.0, 5.0], [1.0, 1.0])
+    """
+
+    leaves: Leaves
+    plan: Plan = flax.struct.field(pytree_node=False)
+
+    def __call__(
+        self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
+    ) -> tuple[Array, CustomLossOutput]:
+        """The total loss and every term's report, without gradients.
+
+        Args:
+          x: the differentiated value: logprobs, logits, any pytree of floating-point arrays; the
+            params where the objective has a ``forward``.
+          batch: whatever the terms read besides.
+          state: ``objective.init()`` or the last step's ``out.state``; needed by schedules and
+            stateful terms only.
+          key: a random key; needed by terms that ask for one only.
+
+        Returns:
+          ``(loss_total, CustomLossOutput)``.
+        """
+        return self._run(step.call, x, batch, state or None, key)
+
+    def value_and_grad(
+        self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
+    ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
+        """The total loss, every term's report, and the gradient, from one compiled pass.
+
+        Where norms are tracked the report has them. Arguments as for calling the objective.
+
+        Returns:
+          ``((loss_total, CustomLossOutput), gradient with the structure of x)``.
+        """
+        return self._run(step.value_and_grad, x, batch, state or None, key)
+
+    def eval_shape(
+        self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
+    ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
+        """What `value_and_grad` would return, as `jax.ShapeDtypeStruct`s: nothing is computed or compiled.
+
+        Every term sees the shapes and the names, so what it refuses, it refuses here. Arguments as for
+        calling the objective.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr
+          >>> (loss, _), grads = jr.compose(lambda x, batch: jnp.sum(x)).eval_shape(jnp.ones(3))
+          >>> loss.shape, grads.shape
+          ((), (3,))
+        """
+        program = self.plan.compiled(step.value_and_grad)
+        return program.eval_shape(self.leaves, x, batch, state or None, key)
+
+    def init(self) -> PyTree:
+        """The first state: what schedules and stateful terms carry from step to step.
+
+        An empty dict where nothing needs one; else pass it as ``state=`` and carry ``out.state``.
+        """
+        return first_state(self.plan, self.leaves)
+
+    @property
+    def constants(self) -> dict[str, Array]:
+        """Every regularizer's constant weight by name (0 for one that follows a schedule)."""
+        return self.leaves.constants
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The regularizers' names, in order."""
+        return self.plan.names[1:]
+
+    def weights(self, state: PyTree = None) -> dict[str, Array]:
+        """Every regularizer's weight by name; schedules are read at the state's step."""
+        weights = zip(self.names, weights_at(self.plan, self.leaves, state)[1:], strict=True)
+        return {name: weight for name, weight in weights if weight is not None}
+
+    def with_weights(self, weights: Mapping[str, ArrayLike]) -> CompositeLoss:
+        """The same objective with other weights, running the program that is already compiled.
+
+        A weight that follows a schedule becomes the constant given here.
+
+        Raises:
+          KeyError: a name that the objective does not have; the nearest one is suggested.
+          TypeError, ValueError: a weight that is no finite scalar ≥ 0.
+        """
+        for name, weight in weights.items():
+            self._check_known(name)
+            if callable(weight):
+                raise TypeError(
+                    f"term {name!r}: with_weights takes numbers; a schedule is part of the program, "
+                    f"so give it to compose"
+                )
+            check_weight(weight, name)
+        leaves = self.leaves._replace(
+            constants=self.leaves.constants | {n: weight_leaf(w) for n, w in weights.items()},
+            held=self.leaves.held | {n: jnp.asarray(True) for n in weights if n in self.leaves.held},
+        )
+        return self.replace(leaves=leaves)  # type: ignore[attr-defined]
+
+    def without(self, *names: str) -> CompositeLoss:
+        """The same objective with these terms switched off, at weight 0: ``without("l1", "kl")``.
+
+        They are still evaluated and reported, by the same compiled program, and add exactly nothing
+        to the total: the cheapest ablation. To be rid of their cost too, compose without them. With
+        norms tracked, the gradient of a term at weight 0 is left out though it be NaN; without them
+        the gradient is that of the sum as it is written, where 0 · NaN is NaN.
+        """
+        return self.with_weights(dict.fromkeys(names, 0.0))
+
+    def only(self, *names: str) -> CompositeLoss:
+        """The same objective with every regularizer but these switched off."""
+        for name in names:
+            self._check_known(name)
+        return self.without(*(name for name in self.names if name not in names))
+
+    def __repr__(self) -> str:
+        terms = "".join(
+            f",\n  {name}: {_shown(self, name, schedule)}{' (on params)' if place == 'params' else ''}"
+            for name, schedule, place in zip(
+                self.names, self.plan.schedules[1:], self.plan.places[1:], strict=True
+            )
+        )
+        return f"CompositeLoss(\n  base{terms}\n)"
+
+    def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
+        """The compiled program, or its own body where somebody else is tracing already."""
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments)))
+        run = functools.partial(body, self.plan) if traced else self.plan.compiled(body)
+        if not listening():
+            return run(self.leaves, *arguments)
+        with calling(self.plan, (self.leaves, *arguments), traced):
+            return run(self.leaves, *arguments)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.names:
+            near = difflib.get_close_matches(str(name), self.names, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise KeyError(f"no term is named {name!r}; {hint}the terms are {list(self.names)}")
+
+
+def _shown(objective: CompositeLoss, name: str, schedule: Schedule | None) -> str:
+    constant = objective.leaves.constants[name]
+    try:
+        if schedule is not None and not bool(objective.leaves.held[name]):
+            return "schedule"
+        return f"{float(constant):g}"
+    except (TypeError, ValueError):  # traced, stacked by vmap, or no array at all
+        return str(constant)

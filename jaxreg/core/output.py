@@ -1,0 +1,223 @@
+"""What comes back: one record a term, and the schema that every tracker and language reads."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.struct
+import jax
+import numpy as np
+
+from jaxreg.base.types import Array, PyTree
+from jaxreg.core.spec import BASE, RESERVED_METRICS, TOTAL
+
+
+@flax.struct.dataclass
+class BaseLossOutput:
+    """What the base loss did.
+
+    Attributes:
+      value: its scalar.
+      grad_norm: L2 norm of d(value)/d(x), or None where norms are not tracked.
+      custom: its own metrics.
+      grad_norm_per_datum: [B], with ``GradNorms(per_datum=True)``.
+    """
+
+    value: Array
+    grad_norm: Array | None = None
+    custom: dict[str, Array] = flax.struct.field(default_factory=dict)
+    grad_norm_per_datum: Array | None = None
+
+
+@flax.struct.dataclass
+class RegularizerOutput:
+    """What one regularizer did.
+
+    Attributes:
+      name: the term's name.
+      value: its own scalar, unweighted.
+      weight: the weight of this step.
+      contribution: ``weight · value``, what it adds to the total.
+      grad_norm: L2 norm of d(value)/d(x), unweighted, or None where norms are not tracked.
+      grad_norm_weighted: ``weight · grad_norm``.
+      custom: its own metrics.
+      grad_norm_per_datum: [B], unweighted, with ``GradNorms(per_datum=True)``.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    value: Array
+    weight: Array
+    contribution: Array
+    grad_norm: Array | None = None
+    grad_norm_weighted: Array | None = None
+    custom: dict[str, Array] = flax.struct.field(default_factory=dict)
+    grad_norm_per_datum: Array | None = None
+
+
+@flax.struct.dataclass
+class CustomLossOutput:
+    """What the objective did: a pytree of arrays, so it passes through jit, vmap and scan.
+
+    Attributes:
+      loss_total: ``base + Σ weightᵢ·valueᵢ``.
+      base_loss: a `BaseLossOutput`.
+      regularizers: name -> `RegularizerOutput`, in the order of the objective.
+      regularizer_total: ``Σ weightᵢ·valueᵢ``.
+      total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
+      state: the state for the next step (empty where nothing needs one).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> base = lambda x, batch: -jnp.sum(x)
+      >>> objective = jr.compose(base, [dict(name="l2", fn=lambda x, b: jnp.sum(x**2), weight=0.5)])
+      >>> _, out = objective(jnp.array([3.0, 4.0]))
+      >>> out.regularizers["l2"].contribution.item()
+      12.5
+      >>> out.to_dict()["loss_total"]
+      5.5
+      >>> sorted(out.to_flat_dict())[:3]
+      ['loss/base', 'loss/regularizer_total', 'loss/total']
+    """
+
+    loss_total: Array
+    base_loss: BaseLossOutput
+    regularizers: OrderedDict[str, RegularizerOutput]
+    regularizer_total: Array
+    total_grad_norm: Array | None = None
+    state: PyTree = flax.struct.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python for JSON: floats, None where there is no number, names in order.
+
+        Numbers that are not finite become None; the names of the terms that made them are then
+        listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"loss_total"`` where only a
+        sum overflowed).
+
+        Raises:
+          ValueError: the output holds more than one step (it went through vmap or scan).
+        """
+        host = self.on_host()
+        nonfinite = _nonfinite(host)
+        return _nested(host, _number) | ({"nonfinite": nonfinite} if nonfinite else {})
+
+    def to_flat_dict(self) -> dict[str, float]:
+        """Flat metric names to floats, for trackers; a norm that is not tracked is left out.
+
+        ``loss/total``, ``loss/base``, ``loss/regularizer_total``, ``grad_norm/total``,
+        ``grad_norm/base``, ``loss/base/<metric>``, and for each term ``reg/<name>/value``,
+        ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
+        ``…/<metric>``. Numbers that are not finite stay as they are.
+        """
+        numbers = flat(_nested(self.on_host(), lambda number: number))
+        return {name: number for name, number in numbers.items() if number is not None}
+
+    def on_host(self) -> CustomLossOutput:
+        """The same with floats for scalars and NumPy arrays for others, and without the state.
+
+        It waits for the device, once.
+        """
+        if isinstance(cast(Any, self.loss_total), float):
+            return self
+        # The state may be as large as the model, and is no metric: it stays where it is.
+        leaves, structure = jax.tree.flatten(self.replace(state={}))  # type: ignore[attr-defined]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise TypeError(
+                "to_dict() and to_flat_dict() read numbers, which do not exist while JAX traces; "
+                "return the output from the jitted function and call them outside"
+            )
+        if np.ndim(self.loss_total) != 0:
+            raise ValueError(
+                f"this output holds {np.shape(self.loss_total)} steps (it went through vmap or "
+                f"scan); take one first: jax.tree.map(lambda a: a[i], out)"
+            )
+        return jax.tree.unflatten(structure, [_plain(leaf) for leaf in _copied(leaves)])
+
+
+def _nested(host: CustomLossOutput, number: Callable[[Any], float | None]) -> dict[str, Any]:
+    """The schema, with every number as ``number`` makes it."""
+    base = host.base_loss
+    return {
+        "loss_total": number(host.loss_total),
+        "base_loss": {
+            "value": number(base.value),
+            "grad_norm": number(base.grad_norm),
+            "custom": {name: number(metric) for name, metric in base.custom.items()},
+        },
+        "regularizers": {
+            name: {
+                "name": name,
+                **{key: number(getattr(term, key)) for key in RESERVED_METRICS},
+                "custom": {key: number(metric) for key, metric in term.custom.items()},
+            }
+            for name, term in host.regularizers.items()
+        },
+        "regularizer_total": number(host.regularizer_total),
+        "total_grad_norm": number(host.total_grad_norm),
+    }
+
+
+def flat(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of ``to_dict()`` by the names of ``to_flat_dict()``; None where there is none.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> _, out = jr.compose(lambda x, batch: jnp.sum(x))(jnp.ones(3))
+      >>> flat(out.to_dict())["loss/total"], flat(out.to_dict())["grad_norm/total"]
+      (3.0, None)
+    """
+    base = report["base_loss"]
+    numbers = {
+        "loss/total": report["loss_total"],
+        "loss/base": base["value"],
+        "loss/regularizer_total": report["regularizer_total"],
+        "grad_norm/total": report["total_grad_norm"],
+        "grad_norm/base": base["grad_norm"],
+    }
+    numbers |= {f"loss/base/{name}": metric for name, metric in base["custom"].items()}
+    for name, term in report["regularizers"].items():
+        numbers |= {f"reg/{name}/{key}": term[key] for key in RESERVED_METRICS}
+        numbers |= {f"reg/{name}/{key}": metric for key, metric in term["custom"].items()}
+    return numbers
+
+
+def _copied(leaves: list[Any]) -> list[Any]:
+    """The leaves, all on their way to the host where they are elsewhere: one wait in place of a hundred."""
+    first = leaves[0]
+    if isinstance(first, jax.Array) and next(iter(first.devices())).platform != "cpu":
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+    return leaves
+
+
+def _plain(leaf: Any) -> float | np.ndarray:
+    array = np.asarray(leaf)
+    return array if array.ndim else float(array.item())
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _nonfinite(host: CustomLossOutput) -> list[str]:
+    """Names of the terms with a number that is not finite; 'loss_total' if only a sum overflowed."""
+    named: dict[str, BaseLossOutput | RegularizerOutput] = {BASE: host.base_loss} | dict(host.regularizers)
+    names = [name for name, term in named.items() if not all(map(_is_finite, _numbers(term)))]
+    totals = (host.loss_total, host.regularizer_total, host.total_grad_norm)
+    if not names and not all(map(_is_finite, totals)):
+        names.append(TOTAL)
+    return names
+
+
+def _numbers(term: BaseLossOutput | RegularizerOutput) -> list[Any]:
+    """Everything that a term reported, without the price of flattening a pytree."""
+    fields = [value for name, value in vars(term).items() if name not in ("name", "custom")]
+    return [*fields, *term.custom.values()]
+
+
+def _is_finite(value: Any) -> bool:
+    if value is None:
+        return True
+    return math.isfinite(value) if isinstance(value, float) else bool(np.isfinite(value).all())

@@ -1,0 +1,78 @@
+"""What an objective carries from step to step: the step, for schedules, and each stateful term's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.base.types import Array, PyTree
+from jaxreg.core.plan import Leaves, Plan, who
+from jaxreg.core.spec import requested_arguments
+
+REMEDY = (
+    "pass state=objective.init() first and state=out.state from then on (objective is what compose returns)"
+)
+
+
+def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
+    """The state of step 0; empty where nothing needs one."""
+    terms = {
+        name: jax.tree.map(_fresh, cast(Any, fn).init())
+        for name, fn in zip(plan.names, plan.fns(leaves), strict=True)
+        if "state" in requested_arguments(fn)
+    }
+    state: dict[str, Any] = {}
+    if any(plan.schedules):
+        state["step"] = jnp.zeros((), jnp.int32)
+    if terms:
+        state["terms"] = terms
+    return state
+
+
+def step_of(state: PyTree, name: str) -> Array:
+    """The step, for the schedule of the named term."""
+    if not isinstance(state, Mapping) or "step" not in state:
+        raise ValueError(f"{who(name)}: its weight is a schedule, which needs to know the step: {REMEDY}")
+    return state["step"]
+
+
+def own_state(state: PyTree, name: str) -> PyTree:
+    """The named term's own state."""
+    if not isinstance(state, Mapping) or name not in (state.get("terms") or {}):
+        raise ValueError(f"{who(name)}: it asks for state: {REMEDY}")
+    return state["terms"][name]
+
+
+def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
+    """The state for the next step, of this step's and of what each term made of its own."""
+    if not state:
+        return {}
+    following = dict(state)
+    if "step" in state:
+        following["step"] = state["step"] + 1
+    if "terms" in state:
+        following["terms"] = {
+            name: _checked(last, by_name[name], who(name)) for name, last in state["terms"].items()
+        }
+    return jax.lax.stop_gradient(following)
+
+
+def _fresh(leaf: Any) -> Array:
+    """A copy (so that donating the state is safe), and no weak type (so that nothing compiles twice)."""
+    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+
+
+def _checked(last: PyTree, following: PyTree, whose: str) -> PyTree:
+    def described(state: PyTree) -> tuple[Any, list[tuple[Any, Any]]]:
+        leaves, treedef = jax.tree.flatten(state)
+        return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    if described(last) != described(following):
+        raise TypeError(
+            f"{whose}: its next state differs from its last one in structure, shape or dtype: "
+            f"{described(last)} became {described(following)}"
+        )
+    return following
