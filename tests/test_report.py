@@ -16,10 +16,12 @@ from run_cases import decay, line, note, term, write
 
 from jaxreg import __main__
 from jaxreg.watching.curves import BUCKETS, thin
-from jaxreg.watching.plots import DARK, DASHES, LIGHT, Drawing, Style, plot
-from jaxreg.watching.report import escaped, report, told_apart
+from jaxreg.watching.plots import Drawing, plot
+from jaxreg.watching.report import report, told_apart
 from jaxreg.watching.run import read_run
+from jaxreg.watching.style import DARK, DASHES, LIGHT, Style
 from jaxreg.watching.summary import summary
+from jaxreg.watching.words import escaped
 
 pytest.importorskip("matplotlib")
 from matplotlib import pyplot

@@ -2,7 +2,9 @@
 
 Arrays are raw little-endian bytes behind a header. Decoding builds nothing but dicts, lists, strings,
 numbers, booleans, None and arrays of the dtypes that are allowed, within bounds on size and depth; it
-never executes anything.
+never executes anything. (`flax.serialization` reads arrays of any dtype and shape that a header claims, in a
+tree of any size and depth: right for one's own files, not for what a stranger sends. msgpack's own limits,
+used below, know nothing of depth, of items in all, or of what is in an extension.)
 """
 
 from __future__ import annotations

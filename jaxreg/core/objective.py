@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jaxreg.base.events import listening
 from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
 from jaxreg.core import step
+from jaxreg.core.calls import calling
 from jaxreg.core.output import CustomLossOutput
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.spec import check_weight
 from jaxreg.core.state import first_state
 from jaxreg.core.weights import weight_leaf, weights_at
-from jaxreg.events.compiles import calling
 
 
 @flax.struct.dataclass(eq=False)  # hashed by identity, so that jax.jit(objective) works

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ from jaxreg.base.types import Array, PyTree
 from jaxreg.host.calls import HostCalls
 from jaxreg.host.errors import HostTermError
 from jaxreg.host.rows import as_data, as_gradient, as_values, is_by_datum
-
-if TYPE_CHECKING:
-    from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.host.runtime import Term
 
 FACTS = ("host_seconds", "host_age", "host_trains")
 
@@ -24,7 +22,7 @@ FACTS = ("host_seconds", "host_age", "host_trains")
 class HostTerm:
     """``fn(x, batch)`` of a `HostRegularizer`."""
 
-    regularizer: HostRegularizer
+    regularizer: Term
 
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """Its value, with the host function's gradient, and its metrics."""

@@ -8,15 +8,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxreg.base.events import emit, worth_telling
 from jaxreg.host.errors import HostTermError, HostTermTimeout
 from jaxreg.host.result import HostValue, read
 from jaxreg.host.runners import Call
-
-if TYPE_CHECKING:
-    from jaxreg.host.regularizer import HostRegularizer
+from jaxreg.host.runtime import Term
 
 LOGGER = logging.getLogger("jaxreg.host")
 LOOK = 0.25  # seconds between two looks at the clock: a process that has started moves its own deadline
@@ -42,7 +40,7 @@ class HostCalls:
 
     def __init__(
         self,
-        terms: Sequence[HostRegularizer],
+        terms: Sequence[Term],
         like: Any,
         step: int | None = None,
         *,
@@ -51,7 +49,7 @@ class HostCalls:
         self.terms = tuple(terms)
         self._like, self._by_datum = like, by_datum
         self._step = step
-        self._calls: dict[str, tuple[Call, HostRegularizer, int]] = {}
+        self._calls: dict[str, tuple[Call, Term, int]] = {}
         self._failed: set[str] = set()
         self._cancelled: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -110,7 +108,7 @@ class HostCalls:
             if not call.done():
                 term.runtime.runner.cancel(call)
 
-    def _wait(self, waiting: dict[str, tuple[Call, HostRegularizer, int]]) -> None:
+    def _wait(self, waiting: dict[str, tuple[Call, Term, int]]) -> None:
         calls = [call for call, _, _ in waiting.values()]
         soonest = min(call.deadline for call in calls) - time.monotonic()
         concurrent.futures.wait(
@@ -119,7 +117,7 @@ class HostCalls:
         if self._cancelled.done():
             raise concurrent.futures.CancelledError
 
-    def _result(self, call: Call, term: HostRegularizer, number: int) -> HostResult:
+    def _result(self, call: Call, term: Term, number: int) -> HostResult:
         try:
             value = self._value(call, term)
         except HostTermError as error:
@@ -136,7 +134,7 @@ class HostCalls:
         term.runtime.good(value, number)
         return _result_of(value, call, age=0)
 
-    def _value(self, call: Call, term: HostRegularizer) -> HostValue:
+    def _value(self, call: Call, term: Term) -> HostValue:
         if not call.done():
             seconds = call.seconds
             became = term.runtime.runner.stop(call)
@@ -149,7 +147,7 @@ class HostCalls:
         return read(call.result(), self._like, term.name, by_datum=self._by_datum)
 
 
-def _stand_in(said: str, call: Call, term: HostRegularizer, number: int) -> HostResult:
+def _stand_in(said: str, call: Call, term: Term, number: int) -> HostResult:
     """What counts for a term that failed."""
     failures, last, age = term.runtime.failed(number)
     if term.on_error == "skip":

@@ -1,4 +1,4 @@
-"""What a host term is, and what is remembered of it between steps."""
+"""What a host term is: everything about it is checked when it is made."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import functools
 import inspect
 import pickle
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from jaxreg.base.types import ArrayLike, Place, Schedule
 from jaxreg.core.spec import RESERVED_METRICS, RegularizerSpec, check_name, check_weight
 from jaxreg.host.callback import HostTerm
-from jaxreg.host.result import OWN, HostValue
-from jaxreg.host.runners import Coroutines, Processes, Runner, Threads
+from jaxreg.host.result import OWN
+from jaxreg.host.runtime import RUNNERS, Runtime
 
+_MAKING = threading.Lock()
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_RUNNERS: dict[str, Callable[..., Runner]] = {
-    "coroutine": Coroutines,
-    "thread": Threads,
-    "process": Processes,
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +115,7 @@ class HostRegularizer:
     def _check_run(self, who: str) -> None:
         is_async = _is_async(self.fn)
         run = self.run or ("coroutine" if is_async else "thread")
-        if run not in _RUNNERS:
+        if run not in RUNNERS:
             raise ValueError(f"{who}: run is 'coroutine', 'thread' or 'process', got {run!r}")
         if (run == "coroutine") != is_async:
             kind = "an `async def`" if is_async else "no `async def`"
@@ -183,42 +178,8 @@ class HostRegularizer:
     def runtime(self) -> Runtime:
         """What is remembered between steps."""
         with _MAKING:
-            return self.__dict__.get("runtime") or Runtime(self)
-
-
-_MAKING = threading.Lock()
-
-
-class Runtime:
-    """A host term's runner, its last good value, and how often it failed."""
-
-    def __init__(self, term: HostRegularizer) -> None:
-        assert term.run is not None
-        self.runner: Runner = _RUNNERS[term.run](term.fn, f"jaxreg-host-{term.name}", term.max_concurrency)
-        self.close = weakref.finalize(term, self.runner.close)  # also when the interpreter ends
-        self._lock = threading.Lock()
-        self._asked = 0
-        self._failures = 0
-        self._last: tuple[HostValue, int] | None = None
-
-    def asks(self) -> int:
-        """Count one call; its number."""
-        with self._lock:
-            self._asked += 1
-            return self._asked
-
-    def good(self, value: HostValue, number: int) -> None:
-        """Remember the value of a call, unless a later one is known."""
-        with self._lock:
-            if self._last is None or self._last[1] < number:
-                self._last = dataclasses.replace(value, gradient=None), number  # never used again
-
-    def failed(self, number: int) -> tuple[int, HostValue | None, int]:
-        """Count a failure: how many there were, the last good value, and how many calls old it is."""
-        with self._lock:
-            self._failures += 1
-            value, at = self._last or (None, 0)
-            return self._failures, value, number - at
+            made: Runtime | None = self.__dict__.get("runtime")
+            return made or Runtime(self, str(self.run), self.fn, self.name, self.max_concurrency)
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:

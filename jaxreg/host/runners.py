@@ -2,6 +2,9 @@
 
 A runner starts a call and, at best, stops it. What cannot be stopped (a thread) is abandoned: it keeps its
 place among the ``max_concurrency`` calls until it ends, so that calls that hang cannot pile up.
+
+The standard library's executors do not serve: one of threads keeps the interpreter from leaving while a call
+hangs, and one of processes, when a single call is killed, fails all of them.
 """
 
 from __future__ import annotations
@@ -301,10 +304,9 @@ class Coroutines:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(
-                target=_run_loop, args=(self._loop,), name=self._name, daemon=True
-            )
+            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # and no thread's current one
+            self._loop = runner.get_loop()
+            self._thread = threading.Thread(target=_run_loop, args=(runner,), name=self._name, daemon=True)
             self._thread.start()
         return self._loop
 
@@ -360,17 +362,6 @@ def _fail(call: Call, error: BaseException) -> None:
 _BLOCKS = "declare it with `def`, and it runs in a thread, or await what it waits for"
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-        loop.run_until_complete(_cancel_all())
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _run_loop(runner: asyncio.Runner) -> None:
+    with runner:  # which cancels what is left, and closes the loop
+        runner.get_loop().run_forever()

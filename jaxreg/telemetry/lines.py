@@ -10,6 +10,9 @@
   lost to readers, and the next one begins with a newline.
 - Where another writer is killed in the middle of a line, the next one is glued to it, and lost, too.
 - Nothing is synced line by line: a killed process loses only what waits, a power cut the last seconds, too.
+
+Libraries of JSON lines, and logging's handlers, write through a buffer: a line may leave it in parts, and one
+that a full disk cut stays cut.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,68 +16,15 @@ from jaxreg.base.extras import need
 from jaxreg.core.spec import BASE
 from jaxreg.watching.curves import thin
 from jaxreg.watching.run import Run, read_run
+from jaxreg.watching.scales import Scale, logarithmic, symmetric
+from jaxreg.watching.style import DASHES, HATCHES, LIGHT, Style, Theme
+from jaxreg.watching.words import shown
 
-DECADES = 6  # a scale with a linear part around 0 spans no more of them
 AREAS = 10  # terms with an area of their own in the picture of the shares
 DPI = 120
 COLORS = 128  # a picture needs no more, and is a third as large
 LARGEST, SMALLEST = 1e60, 1e-60  # what axes can show
-DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
-HATCHES = (None, "////", "....", "xxxx")
 MARKS = (("error", "v", "exception"), ("warning", "v", "warning"), ("nonfinite", "x", "not finite"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-    """Colours. Hues are told apart with the usual kinds of colour blindness, too; more than seven terms
-    take the next line style.
-
-    Attributes:
-      base: of the base loss.
-      terms: of the terms, in their order.
-      marks: of exceptions, warnings and what is not finite.
-    """
-
-    paper: str
-    ink: str
-    faint: str
-    base: str
-    terms: tuple[str, ...]
-    marks: dict[str, str]
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#24292f",
-    faint="#d8dee4",
-    base="#24292f",
-    terms=("#0072b2", "#d55e00", "#009e73", "#b8479b", "#a87900", "#3aa5dc", "#882233"),
-    marks={"error": "#c0242b", "warning": "#b07800", "nonfinite": "#7d3cbd"},
-)
-DARK = Theme(
-    paper="#161b22",
-    ink="#d5dbe3",
-    faint="#30363d",
-    base="#e6edf3",
-    terms=("#3c9be8", "#ff8a3d", "#1fc498", "#e07cc5", "#d9ab2b", "#8fd3ff", "#e0607a"),
-    marks={"error": "#ff6b6b", "warning": "#e3b341", "nonfinite": "#bc8cff"},
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How a term looks in every picture of a report."""
-
-    color: str
-    dash: int
-
-    @classmethod
-    def of(cls, index: int, theme: Theme) -> Style:
-        """That of the term with this index; −1 is the base loss."""
-        if index < 0:
-            return cls(theme.base, 0)
-        n = len(theme.terms)
-        return cls(theme.terms[index % n], index // n % len(DASHES))
 
 
 class Drawing:
@@ -349,41 +295,6 @@ class Drawing:
 
 
 Look: TypeAlias = tuple[str, str | None]  # a colour and a hatch
-Scale: TypeAlias = Callable[[Sequence[Any], np.ndarray], None]
-
-
-def symmetric(panels: Sequence[Any], values: np.ndarray) -> None:
-    """A scale for numbers of either sign and any size: logarithmic, and linear around 0."""
-    sizes = np.abs(values[values != 0])
-    if not len(sizes):
-        return
-    largest = float(sizes.max())
-    if len(set(np.sign(values))) == 1 and largest < 20 * float(sizes.min()):
-        return  # all of a size: a plain scale shows it best
-    threshold = max(float(np.quantile(sizes, 0.02)), largest * 10.0**-DECADES)
-    for axes in panels[:1]:  # the others share it
-        axes.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(threshold)), linscale=0.4)
-        thin_ticks(axes)
-    for axes in panels:
-        axes.axhline(0, color=axes.xaxis.label.get_color(), lw=0.6, alpha=0.6)
-
-
-def logarithmic(panels: Sequence[Any], values: np.ndarray) -> None:
-    """A scale for sizes; 0 has no place on it."""
-    sizes = values[values > 0]
-    if len(sizes) and float(sizes.max()) > 5 * float(sizes.min()):
-        low = max(float(sizes.min()), float(sizes.max()) * 10.0 ** -(2 * DECADES))
-        panels[0].set_yscale("log", nonpositive="mask")
-        panels[0].set_ylim(bottom=low / 1.5)
-
-
-def thin_ticks(axes: Any, most: int = 9) -> None:
-    """Every second or third decade where there would be too many."""
-    ticks = [t for t in axes.get_yticks() if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]
-    if len(ticks) > most:
-        zero = ticks.index(0.0) if 0.0 in ticks else 0
-        stride = math.ceil(len(ticks) / most)
-        axes.set_yticks([tick for i, tick in enumerate(ticks) if (i - zero) % stride == 0])
 
 
 def plot(path: str | os.PathLike[str], picture: str | os.PathLike[str] = "terms.png") -> Path:
@@ -413,12 +324,6 @@ def plot(path: str | os.PathLike[str], picture: str | os.PathLike[str] = "terms.
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(png)
     return picture
-
-
-def shown(text: str, longest: int = 60) -> str:
-    """What a file calls something, on one line, without what no font has."""
-    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _label(name: str) -> str:
