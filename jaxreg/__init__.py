@@ -1,6 +1,7 @@
 """Compose named loss terms into one compiled JAX objective, and see what every term does."""
 
 from jaxreg import client as client
+from jaxreg import earlier as _earlier  # noqa: F401
 from jaxreg import host as host
 from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers

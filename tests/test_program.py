@@ -1,10 +1,7 @@
 """The compiled program: nothing more than the sum written by hand, and nothing imported too much."""
 
-import ast
-import graphlib
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,34 +50,3 @@ def test_importing_starts_no_backend_and_imports_no_extra():
         "assert not extras & set(sys.modules), extras & set(sys.modules)\n"
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_the_modules_import_each_other_in_one_direction():
-    root = Path(jr.__file__).parent
-    files = {
-        ".".join(("jaxreg", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
-        for path in root.rglob("*.py")
-    }
-    imports = {module: imported(path, files) - {module} for module, path in files.items()}
-    list(graphlib.TopologicalSorter(imports).static_order())  # raises a CycleError that shows the cycle
-
-
-def imported(path, files):
-    """The modules of ours that a module imports when it runs, inside functions too."""
-    tree = ast.parse(path.read_text())
-    for_types_alone = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in for_types_alone:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (names & files.keys()) or {node.module}
-    return found & files.keys()

@@ -224,6 +224,16 @@ class StaticPart:
         leaves = [next(rest) if other is _ARRAY else other for other in self.others]
         return jax.tree.unflatten(self.treedef, leaves)
 
+    def __reduce__(self) -> Any:
+        # The callable with holes, not its treedef: that would not fit a later release's arguments.
+        holey = self.fn if self.treedef is None else jax.tree.unflatten(self.treedef, self.others)
+        return _static, (holey,)
+
+
+def _static(holey: Any) -> StaticPart:
+    """What `StaticPart` pickles, split again."""
+    return split_arrays(holey, "a pickled objective")[0]
+
 
 def split_arrays(fn: Any, who: str) -> tuple[StaticPart, tuple[Any, ...]]:
     """Part a callable into what is static and the arrays that it holds, if it is a pytree."""
@@ -231,7 +241,9 @@ def split_arrays(fn: Any, who: str) -> tuple[StaticPart, tuple[Any, ...]]:
     if jax.tree_util.treedef_is_leaf(treedef):
         static, arrays = StaticPart(fn), ()
     else:
-        is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+        is_array = [
+            leaf is _ARRAY or isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves
+        ]
         arrays = tuple(leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes)
         others = tuple(_ARRAY if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True))
         static = StaticPart(None, treedef, others)

@@ -1,7 +1,6 @@
-"""Events for everything that happens, sinks that write them down, and something to look at.
+"""Sinks that write events down, and warnings; users also find here what records a run and what shows it.
 
-The sinks and the warnings live here; the recorder and what shows a run have rooms of their own, and are named
-here for users. Imports every room but ``client``, ``testing`` and the terms. Read first: `jsonl.py`.
+Imports ``base``, ``core``, ``events``, ``recorder`` and ``watching``. Read first: `jsonl.py`.
 """
 
 from jaxreg.base.events import Event as Event

@@ -28,14 +28,15 @@ def term(cls: _Class) -> _Class:
     """
     made: Any = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]
-    data = [name for name in names if name in _HOLD_ARRAYS]
+    data = [name for name in names if name in HOLD_ARRAYS]
     made.__eq__ = _equal
     made.__hash__ = _hash
     jax.tree_util.register_dataclass(made, data, [name for name in names if name not in data])
     return cast(_Class, made)
 
 
-_HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
+# The fields that are children. Where a term gets more, they stand behind those it has (see `jaxreg.earlier`).
+HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
 
 
 def _values(term: Any) -> list[Any]:
