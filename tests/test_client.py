@@ -116,7 +116,7 @@ def test_top_k_targets_one_datum_a_slot_are_the_same_step(embedded):
 
 
 def test_a_base_loss_with_regularizers_is_composed_once(embedded):
-    from jaxreg.client.local import as_objective
+    from jaxreg.client.ask import as_objective
 
     def made(weight):
         specs = [dict(name="l1", fn=jr.regularizers.L1(), weight=weight)]

@@ -2,7 +2,10 @@
 
 import asyncio
 import threading
+import warnings
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from clients import Recorder, Scripted, Slow, make_data, minus_ones, sft
 
@@ -120,3 +123,101 @@ def test_cancelling_does_not_wait_for_a_request_that_is_being_handed_over():
         return caught.value
 
     assert "may be applied" in asyncio.run(main()).__notes__[0]
+
+
+def _log_of_minus(x, batch):
+    return batch.mean(jnp.log(x + 1.0))  # at −1: −inf, with an infinite slope
+
+
+STEPS = {
+    "it goes well": lambda: (Scripted(), make_data(), sft(), {}),
+    "one request": lambda: (
+        Scripted(),
+        make_data(),
+        sft(),
+        {"logprobs": [-np.ones(n) for n in (5, 9, 3, 7)]},
+    ),
+    "bad data": lambda: (Scripted(), [], sft(), {}),
+    "logprobs for other data": lambda: (Scripted(), make_data(), sft(), {"logprobs": []}),
+    "the forward fails": lambda: (Scripted(forward=OSError("down")), make_data(), sft(), {}),
+    "the backward fails": lambda: (Scripted(backward=OSError("down")), make_data(), sft(), {}),
+    "an infinite gradient": lambda: (Scripted(), make_data(), jr.compose(_log_of_minus), {}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_blocking_and_in_a_loop_a_step_sends_and_tells_the_same(case):
+    def blocking(client, data, objective, options):
+        return jr.client.forward_backward_custom(client, data, objective, **options).result()
+
+    async def in_a_loop(client, data, objective, options):
+        return await (await jr.client.forward_backward_custom_async(client, data, objective, **options))
+
+    def what_happens(run):
+        client, *rest = STEPS[case]()
+        heard, error = [], None
+        with jr.telemetry.attached(heard.append):
+            try:
+                run(client, *rest)
+            except Exception as raised:
+                error = raised
+        told = [
+            (e.name, e.step, sorted(e.measurements), sorted(e.metadata), repr(e.metadata.get("error")))
+            for e in heard
+            if e.name != "compile"
+        ]
+        weights = [
+            (name, [datum.loss_fn_inputs["weights"].tolist() for datum in data])
+            for name, data in client.requests
+        ]
+        return told, weights, repr(error)
+
+    here = what_happens(blocking)
+    assert here == what_happens(lambda *arguments: asyncio.run(in_a_loop(*arguments)))
+    assert here[0][0][1] == 0  # it is this client's first step
+
+
+def test_a_drift_is_reported_at_the_callers_line():
+    stale = [np.full(n, -2.0, np.float32) for n in (5, 9, 3, 7)]
+
+    async def in_a_loop():
+        future = await jr.client.forward_backward_custom_async(Scripted(), make_data(), sft(), logprobs=stale)
+        await future
+
+    for run in (
+        lambda: jr.client.forward_backward_custom(Scripted(), make_data(), sft(), logprobs=stale).result(),
+        lambda: asyncio.run(in_a_loop()),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+        assert [warning.filename for warning in caught if "nats" in str(warning.message)] == [__file__]
+
+
+def test_cancelled_while_a_term_computes_nothing_is_sent_and_it_is_told_once():
+    began, release, computed = threading.Event(), threading.Event(), threading.Event()
+
+    def term(data, logprobs):
+        began.set()
+        assert release.wait(60)
+        computed.set()
+        return 1.0
+
+    client, heard = Scripted(), []
+
+    async def main(objective):
+        step = jr.client.forward_backward_custom_async(client, make_data(), objective)
+        task = asyncio.create_task(step)
+        assert await asyncio.to_thread(began.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        release.set()
+        return caught.value
+
+    with jr.host.HostRegularizer("slow", term, 1.0) as slow, jr.telemetry.attached(heard.append):
+        error = asyncio.run(main(jr.compose(jr.losses.CrossEntropy(), [slow])))  # it waits for its threads
+    assert not getattr(error, "__notes__", [])
+    assert [name for name, _ in client.requests] == ["forward"]
+    ends = [event for event in heard if event.name in ("custom_loss.stop", "custom_loss.exception")]
+    assert [event.metadata["error"] for event in ends] == [error]

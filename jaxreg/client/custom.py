@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+import functools
+import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.client.errors import RequestFailed
-from jaxreg.client.evaluation import step_of, telling_of_failure
-from jaxreg.client.local import Regularizers, as_objective
-from jaxreg.client.requests import arrival, wait
-from jaxreg.client.task import Task
-from jaxreg.client.types import CustomResult
+from jaxreg.client.ask import Ask, Options, Regularizers, as_objective, step_of
+from jaxreg.client.finish import CustomFuture
+from jaxreg.client.requests import arrival, at_once, called, wait
+from jaxreg.client.step import take_step
 from jaxreg.core.norms import GradNorms
 from jaxreg.core.objective import CompositeLoss
-from jaxreg.core.output import CustomLossOutput
 
 
 def forward_backward_custom(
@@ -89,20 +86,15 @@ def forward_backward_custom(
       >>> sorted(step.result().output.regularizers)
       ['entropy']
     """
-    if _inside_event_loop():
+    if _would_block_a_loop():
         raise RuntimeError(
             "forward_backward_custom waits for the server, which would block the running event loop; say "
             "`future = await jaxreg.client.forward_backward_custom_async(...)`"
         )
     composed = as_objective(objective, regularizers, track_grad_norms)
-    step = step_of(client, step)
-    with telling_of_failure(step):
-        task = Task(client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step)
-    with task:
-        if task.logprobs is None:
-            future = task.submit_forward()
-            task.receive_forward(wait(future, timeout, "forward", "no"))
-        return CustomFuture(task, task.submit_backward())
+    ask = Ask(client, data, composed, logprobs=logprobs, state=state, key=key, step=step_of(client, step))
+    options = Options(top_k=top_k, timeout=timeout, max_drift=max_drift, on_drift=on_drift)
+    return at_once(take_step(ask, options, called, functools.partial(called, wait)))
 
 
 async def forward_backward_custom_async(
@@ -128,107 +120,16 @@ async def forward_backward_custom_async(
     a thread. Cancelled before the backward request is handed over, it sends none.
     """
     composed = as_objective(objective, regularizers, track_grad_norms)
-    step = step_of(client, step)
-    with telling_of_failure(step):
-        task = await asyncio.to_thread(
-            Task, client, data, composed, logprobs, max_drift, on_drift, top_k, state, key, step
-        )
-    with task:
-        try:
-            if task.logprobs is None:
-                future = await asyncio.to_thread(task.submit_forward)
-                task.receive_forward(await arrival(future, timeout, "forward", "no"))
-            return CustomFuture(task, await asyncio.to_thread(task.submit_backward))
-        except asyncio.CancelledError as error:
-            if not task.cancel():
-                error.add_note("The backward request was being handed over: its gradient may be applied.")
-            raise
+    ask = Ask(client, data, composed, logprobs=logprobs, state=state, key=key, step=step_of(client, step))
+    options = Options(top_k=top_k, timeout=timeout, max_drift=max_drift, on_drift=on_drift)
+    return await take_step(ask, options, asyncio.to_thread, arrival)
 
 
-class CustomFuture:
-    """The result of a step whose backward request is on its way."""
-
-    def __init__(self, task: Task, future: Any) -> None:
-        self._task = task
-        self._future = future
-        self._lock = threading.Lock()
-        self._outcome: CustomResult | BaseException | None = None
-        self._told = False
-
-    def result(self, timeout: float | None = None) -> CustomResult:
-        """The result; blocks until the server has answered.
-
-        Raises:
-          RequestTimedOut: not within ``timeout`` seconds; asking again waits on, and sends nothing.
-          RemoteError: see `forward_backward_custom`.
-        """
-        if self._outcome is None:
-            with self._told_once():
-                reply = wait(self._future, timeout, "backward", "maybe")
-            return self._finish(reply)
-        return self._settled()
-
-    async def result_async(self, timeout: float | None = None) -> CustomResult:
-        """`result`, for event loops."""
-        if self._outcome is None:
-            with self._told_once():
-                reply = await arrival(self._future, timeout, "backward", "maybe")
-            return self._finish(reply)
-        return self._settled()
-
-    def __await__(self) -> Any:
-        return self.result_async().__await__()
-
-    def done(self) -> bool:
-        """Whether `result` would return at once. False where the client's future cannot tell."""
-        return self._outcome is not None or bool(getattr(self._future, "done", lambda: False)())
-
-    @property
-    def output(self) -> CustomLossOutput:
-        """What every term did: known before the server has answered."""
-        return self._task.output
-
-    def _finish(self, reply: Any) -> CustomResult:
-        with self._lock:
-            if self._outcome is None:
-                try:
-                    self._outcome = self._task.finish(reply)
-                except Exception as error:
-                    self._outcome = error
-                    self._task.failed(error)
-        return self._settled()
-
-    @contextlib.contextmanager
-    def _told_once(self) -> Iterator[None]:
-        """A request that failed is told to telemetry, the first time; one that is late is not."""
-        try:
-            yield
-        except RequestFailed as error:
-            with self._lock:
-                first, self._told = not self._told, True
-            if first:
-                self._task.failed(error)
-            raise
-
-    def _settled(self) -> CustomResult:
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
-
-
-def _inside_event_loop() -> bool:
+def _would_block_a_loop() -> bool:
+    """But for a notebook, which always has a running loop, and whose cells may block."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return False
-    return not _in_notebook()  # which always has a running loop, and whose cells may block
-
-
-def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython  # type: ignore[import-not-found]
-    except ImportError:
-        return False
-    shell = get_ipython()
-    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ not in ("ZMQInteractiveShell", "Shell")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 Step: TypeAlias = Literal["forward", "objective", "backward", "optim_step", "save", "load"]
 Applied: TypeAlias = Literal["no", "maybe", "yes"]
@@ -52,6 +52,13 @@ class NonFiniteGradient(RemoteError):
     def __init__(self, what: str, *, terms: tuple[str, ...], datum: int) -> None:
         super().__init__(what, step="objective", gradient_applied="no")
         self.terms, self.datum = terms, datum
+
+    @classmethod
+    def at(cls, found: tuple[int, list[int], float], culprit: str, terms: tuple[str, ...]) -> Self:
+        """Of a number that `first_nonfinite` found."""
+        datum, at, number = found
+        what = f"d(loss)/d(logprobs) of datum {datum} at {at} is {number}; it comes from {culprit}"
+        return cls(what, terms=terms, datum=datum)
 
 
 class LogprobDrift(RemoteError):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 from jaxreg.client.errors import Applied, RequestFailed, RequestTimedOut, Step
 
+T = TypeVar("T")
 LOSS = "cross_entropy"
-_TIMEOUTS = (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError)
 
 
 def submit(method: Callable[..., Any], arguments: tuple[Any, ...], step: Step, applied: Applied) -> Any:
@@ -20,12 +21,8 @@ def submit(method: Callable[..., Any], arguments: tuple[Any, ...], step: Step, a
     A backward that fails here may have been applied all the same: a client that answers at once may have
     failed at reading the answer.
     """
-    try:
+    with _explained(step, applied, None):
         future = method(*arguments)
-    except _TIMEOUTS as error:
-        raise _timed_out(step, applied, None) from error
-    except Exception as error:
-        raise _failed(error, step, applied) from error
     if inspect.iscoroutine(future):
         future.close()  # Nothing of it has run.
         raise TypeError(
@@ -39,18 +36,14 @@ def wait(future: Any, timeout: float | None, step: Step, applied: Applied) -> An
     """The reply to a request, or the `RemoteError` that says what became of it."""
     if not callable(getattr(future, "result", None)):
         return future  # a client that answers at once
-    try:
+    with _explained(step, applied, timeout):
         return future.result() if timeout is None else future.result(timeout)
-    except _TIMEOUTS as error:
-        raise _timed_out(step, applied, timeout) from error
-    except Exception as error:
-        raise _failed(error, step, applied) from error
 
 
 async def arrival(future: Any, timeout: float | None, step: Step, applied: Applied) -> Any:
     """`wait`, for event loops. Who gives up waiting does not take the request back."""
     inner = future.future() if callable(getattr(future, "future", None)) else future  # the SDK's wrapper
-    try:
+    with _explained(step, applied, timeout):
         if isinstance(inner, concurrent.futures.Future):
             async with asyncio.timeout(timeout):
                 # Not a task: a loop that ends cancels its tasks, and they what they wait for.
@@ -62,18 +55,31 @@ async def arrival(future: Any, timeout: float | None, step: Step, applied: Appli
             arguments = () if timeout is None else (timeout,)  # so that the thread ends, too
             return await asyncio.to_thread(future.result, *arguments)
         return future  # a client that answers at once
-    except _TIMEOUTS as error:
-        raise _timed_out(step, applied, timeout) from error
+
+
+async def called(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What awaiting a function is where it blocks."""
+    return function(*arguments, **options)
+
+
+def at_once(steps: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine all of whose awaiting blocks, so that it hands control back nowhere."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it awaited something that does not block")
+
+
+@contextlib.contextmanager
+def _explained(step: Step, applied: Applied, timeout: float | None) -> Iterator[None]:
+    """What a request raises is the cause of an error that says which it was, and what that means."""
+    try:
+        yield
+    except TimeoutError as error:
+        within = "" if timeout is None else f" within {timeout:g} s"
+        raise RequestTimedOut(f"no answer{within}", step=step, gradient_applied=applied) from error
     except Exception as error:
-        raise _failed(error, step, applied) from error
-
-
-def _timed_out(step: Step, applied: Applied, timeout: float | None) -> RequestTimedOut:
-    within = "" if timeout is None else f" within {timeout:g} s"
-    return RequestTimedOut(f"no answer{within}", step=step, gradient_applied=applied)
-
-
-def _failed(error: BaseException, step: Step, applied: Applied) -> RequestFailed:
-    status = getattr(error, "status_code", None)
-    what = f"{type(error).__name__}{'' if status is None else f' (status {status})'}: {error}"
-    return RequestFailed(what, step=step, gradient_applied=applied)
+        status = getattr(error, "status_code", None)
+        what = f"{type(error).__name__}{'' if status is None else f' (status {status})'}: {error}"
+        raise RequestFailed(what, step=step, gradient_applied=applied) from error

@@ -10,10 +10,12 @@ import numpy as np
 
 from jaxreg.base.arrays import to_numpy
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client import wire
-from jaxreg.client.evaluation import Evaluation, telling_of_failure
-from jaxreg.client.local import Regularizers, as_objective
+from jaxreg.client.ask import Regularizers, as_objective
+from jaxreg.client.evaluate import evaluate
+from jaxreg.client.pack import pack
+from jaxreg.client.telling import Telling
+from jaxreg.client.work import prepare
 from jaxreg.core.norms import GradNorms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.output import CustomLossOutput
@@ -55,22 +57,17 @@ class CustomLoss:
                 "it, use jaxreg.client.forward_backward_custom"
             ) from error
 
-        with telling_of_failure(self._calls):
+        with Telling(self._calls) as told:
             side = self._side_data(data) if callable(self._side_data) else self._side_data
-            rows = wire.read(data, side)
+            packed = pack(data, side)
             arrays = [to_numpy(values).astype(np.float32) for values in logprobs]
-            targets = [row[wire.TARGETS] for row in rows]
-            _check_logprobs(arrays, targets)
+            _check_logprobs(arrays, packed.targets)
             key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
-            batch = TokenBatch.pack(rows)
-            evaluation = Evaluation(self._objective, data, batch, targets, self.state, key, self._calls)
-        evaluation.begin()
-        try:
-            done = evaluation.at(arrays)
-        except BaseException as error:
-            evaluation.fail(error)
-            raise
-        evaluation.stop()
+            work = prepare(self._objective, packed, self.state, key, self._calls)
+            told.begin(work)
+            work.calls.start(packed.data)
+            done = evaluate(work, arrays, told)
+        told.stop(done.output)
         self.output, self.state = done.output, done.output.state
         self._calls += 1
 
