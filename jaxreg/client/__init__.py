@@ -1,6 +1,6 @@
 """Remote fine-tuning: the server runs the model, the loss is computed and differentiated here.
 
-Imports ``base``, ``batch``, ``core``, ``events``, ``host``, and ``recorder.diagnose`` to say what went wrong.
+Imports ``base``, ``batch``, ``core``, ``events``, ``host`` and ``recorder``, to say what went wrong.
 Read first: `step.py`, where a step is one line.
 """
 
