@@ -19,6 +19,7 @@ from jaxreg.testing import check_numerics
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
+collect_ignore = ["conftest.py"]  # for doctests it would be imported again, by a name that another one has
 
 
 def pytest_sessionstart(session):

@@ -12,21 +12,19 @@ import subprocess
 import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SUPPORT
 from sink_cases import a_report, compute, event, stop
 
 import jaxreg as jr
 from jaxreg.telemetry import attached, log
 from jaxreg.telemetry import lines as lines_file
 from jaxreg.telemetry.jsonl import JSONL, encode
-
-TESTS = Path(__file__).parent
 
 
 def refuse(constant):
@@ -52,7 +50,7 @@ def python(code, *arguments):
     """A process of its own that runs the code."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": str(SUPPORT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

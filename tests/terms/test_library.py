@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close
-from library_cases import CASES, MASK, data, params
+from library_cases import CASES, MASK, data
+from prepared import CALLS, prepared
 
 import jaxreg as jr
-
-REDUCTIONS = ["token_mean", "token_sum", "datum_mean"]
 
 
 def reduced(values, how, weights):
@@ -27,23 +26,6 @@ def reduced(values, how, weights):
         return (values * weights).sum() / weights.sum()
     rows = [(v, w) for v, w in zip(values, weights, strict=True) if w.sum()]
     return np.mean([(v * w).sum() / w.sum() for v, w in rows])
-
-
-def prepared(name, reduction, dtype=np.float64):
-    case = CASES[name]
-    term = case.make(reduction) if case.reduces else case.make()
-    arrays = data()
-    x = params() if case.x == "params" else arrays.pop(case.x)
-    x = jax.tree.map(lambda a: jnp.asarray(a, dtype), x)
-    weights = arrays.pop("weights")
-    cast = {k: jnp.asarray(v, dtype if v.dtype.kind == "f" else None) for k, v in arrays.items()}
-    batch = jr.TokenBatch.from_arrays(mask=MASK, weights=jnp.asarray(weights, dtype), **cast)
-    if case.key:
-        return case, (lambda x, b: term(x, b, key=jax.random.key(0))), x, batch
-    return case, term, x, batch
-
-
-CALLS = [(n, r) for n, case in CASES.items() for r in (REDUCTIONS if case.reduces else [""])]
 
 
 @pytest.mark.parametrize(("name", "reduction"), CALLS)

@@ -2,12 +2,11 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import EXAMPLES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = {
     "remote_finetune": {"kl", "entropy"},
     "remote_open_character": {"chosen_nll", "log_ratio"},

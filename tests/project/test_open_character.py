@@ -1,16 +1,14 @@
 """The recipe as jaxreg composes it is the recipe written by hand."""
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from helpers import close
+from places import EXAMPLES
 
 import jaxreg as jr
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import CASES, data
-from test_library import prepared
+from prepared import prepared
 
 import jaxreg as jr
 from jaxreg.core import step

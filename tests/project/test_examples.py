@@ -2,15 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from places import EXAMPLES
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture

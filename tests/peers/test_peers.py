@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import LENGTHS, MASK, data, params
-from test_library import CALLS, prepared
+from prepared import CALLS, prepared
 
 import jaxreg as jr
 

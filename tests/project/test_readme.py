@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import jax
+from places import ROOT
 
 import jaxreg as jr
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def test_the_readmes_python_runs_and_the_ablations_compile_once(caplog):

@@ -2,11 +2,11 @@
 
 import importlib
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import EXAMPLES
 from serve import KEY, MODEL, VOCABULARY
 from tinker import types
 
@@ -15,7 +15,6 @@ import jaxreg as jr
 F = torch.nn.functional
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-4)  # far above rounding: Adam divides by |gradient|
 STEPS = 20
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def chosen_nll(lp, batch):
