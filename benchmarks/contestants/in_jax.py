@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxreg as jr
-from benchmarks.answers import Answer
-from benchmarks.problem import Problem, PyTree, leaves_by_name
-from benchmarks.timing import timed_turn
+from benchmarks.cases.problem import Problem, PyTree, leaves_by_name
+from benchmarks.measure.answers import Answer
+from benchmarks.measure.timing import timed_turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ import os
 from functools import partial
 from statistics import median
 
-from benchmarks.answers import TOLERANCE, worst_error
-from benchmarks.client_case import Step, draw
-from benchmarks.table import markdown
-from benchmarks.timing import take_turns, timed_turn
-from benchmarks.torch_worker import Worker
+from benchmarks.cases.client import Step, draw
+from benchmarks.contestants.torch_worker import Worker
+from benchmarks.measure.answers import TOLERANCE, worst_error
+from benchmarks.measure.table import markdown
+from benchmarks.measure.timing import take_turns, timed_turn
 
 OURS, REFERENCE = "jaxreg", "float64"
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxreg as jr
-from benchmarks.table import markdown
+from benchmarks.measure.table import markdown
 from jaxreg.host.calls import HostCalls
 
 WAIT = 0.1  # seconds of I/O of a host term

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import jaxreg as jr
-from benchmarks.answers import Answer
+from benchmarks.measure.answers import Answer
 
 ROWS, SHORTEST, LONGEST = 64, 200, 1024
 WEIGHTS = {"l1": 0.01, "entropy": 0.05, "kl": 0.1, "log_ratio": 0.03, "ppo": 0.5}

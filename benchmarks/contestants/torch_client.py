@@ -1,4 +1,4 @@
-"""The composite of `client_case` in PyTorch, as users of the remote SDK write it. Runs in the worker.
+"""Case "client" in PyTorch, as users of the remote SDK write it: `benchmarks.cases.client`. In the worker.
 
 What the SDK's ``forward_backward_custom`` does itself around the callback (tensors out of the reply, weights
 into new datums) is part of the step, as it is in ours.

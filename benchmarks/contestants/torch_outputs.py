@@ -1,4 +1,4 @@
-"""Case "outputs" in PyTorch, term by term as in `benchmarks.outputs_case`."""
+"""Case "outputs" in PyTorch, term by term as in `benchmarks.cases.outputs`."""
 
 from __future__ import annotations
 

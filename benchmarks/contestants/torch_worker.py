@@ -1,6 +1,6 @@
 """PyTorch's contestants in a process of their own, which waits at a pipe between its turns.
 
-It is started with ``python -m benchmarks.torch_worker CASE ARRAYS.npz`` and says at once, as JSON
+It is started with ``python -m benchmarks.contestants.torch_worker CASE ARRAYS.npz`` and says at once, as JSON
 on one line, which contestants it has. Then it reads a JSON list a line and answers with a line:
 
 - ``["run", name]``: the seconds of one call, measured here;
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.answers import Answer, save
-from benchmarks.timing import timed_turn
+from benchmarks.measure.answers import Answer, save
+from benchmarks.measure.timing import timed_turn
 
 
 class Worker:
@@ -45,7 +45,7 @@ class Worker:
         path = Path(self._folder.name) / "arrays.npz"
         save(str(path), arrays)
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.torch_worker", case, str(path)],
+            [python, "-m", "benchmarks.contestants.torch_worker", case, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -109,7 +109,7 @@ def has_torch() -> bool:
 def _main(case: str, path: str) -> None:
     import torch
 
-    from benchmarks.torch_contestants import contestants
+    from benchmarks.contestants.in_torch import contestants
 
     torch.set_num_threads(os.cpu_count() or 1)
     with np.load(path) as arrays:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxreg as jr
-from benchmarks.contestants import plain_step
-from benchmarks.problem import Batch, Problem, Term
-from benchmarks.table import markdown
+from benchmarks.cases.problem import Batch, Problem, Term
+from benchmarks.contestants.in_jax import plain_step
+from benchmarks.measure.table import markdown
 
 COUNT, REPEATS, LIMIT = 32, 5, 3.0
 SHAPES: tuple[Callable[[jax.Array], jax.Array], ...] = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.answers import Answer, save
+from benchmarks.measure.answers import Answer, save
 
 
 def reference(case: str) -> Answer:
@@ -20,7 +20,7 @@ def reference(case: str) -> Answer:
         path = Path(folder) / "reference.npz"
         environment = os.environ | {"JAX_ENABLE_X64": "1"}
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.reference", case, str(path)],
+            [sys.executable, "-m", "benchmarks.measure.reference", case, str(path)],
             env=environment,
             check=True,
         )
@@ -33,7 +33,7 @@ def _main(case: str, path: str) -> None:
     import jax.numpy as jnp
 
     from benchmarks.cases import PROBLEMS
-    from benchmarks.problem import PyTree, leaves_by_name
+    from benchmarks.cases.problem import PyTree, leaves_by_name
 
     problem = PROBLEMS[case]()
 

@@ -1,4 +1,4 @@
-"""Case "params" in PyTorch: the model of `benchmarks.transformer` and the terms of `params_case`."""
+"""Case "params" in PyTorch: the model of `benchmarks.cases.transformer` and the terms of `params`."""
 
 from __future__ import annotations
 

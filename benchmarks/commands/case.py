@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 
-from benchmarks.answers import TOLERANCE, Answer, worst_error
 from benchmarks.cases import PROBLEMS
-from benchmarks.contestants import contestants
-from benchmarks.problem import to_flat
-from benchmarks.reference import reference
-from benchmarks.table import markdown
-from benchmarks.timing import Turn, take_turns
-from benchmarks.torch_worker import Worker
+from benchmarks.cases.problem import to_flat
+from benchmarks.contestants.in_jax import contestants
+from benchmarks.contestants.torch_worker import Worker
+from benchmarks.measure.answers import TOLERANCE, Answer, worst_error
+from benchmarks.measure.reference import reference
+from benchmarks.measure.table import markdown
+from benchmarks.measure.timing import Turn, take_turns
 
 SECONDS, FEWEST_ROUNDS, QUICK_ROUNDS = 120.0, 5, 3
 NO_TORCH = "not run: this Python cannot import torch; name one that can with --torch-python PYTHON"

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import transformer
-from benchmarks.problem import Batch, Problem, PyTree
+from benchmarks.cases import transformer
+from benchmarks.cases.problem import Batch, Problem, PyTree
 
 BATCH = 8
 

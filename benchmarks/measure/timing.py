@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from benchmarks.others import ticks
+from benchmarks.measure.others import ticks
 
 SHORTEST_TURN = 0.2  # Seconds; a quicker call is repeated, and its median counts.
 SETTLE = 0.3  # Seconds; threads of the process that ran last stop spinning in that time.

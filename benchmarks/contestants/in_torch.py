@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import torch_client, torch_outputs, torch_params
+from benchmarks.contestants import torch_client, torch_outputs, torch_params
 
 Step = Callable[[], dict[str, Any]]  # -> tensors: "values", "norms", one "gradient..." a leaf
 Values = Callable[[], list[Any]]

@@ -12,11 +12,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 import jaxreg as jr
-from benchmarks import outputs_case
-from benchmarks.contestants import plain_step
-from benchmarks.table import markdown
+from benchmarks.cases import outputs
+from benchmarks.contestants.in_jax import plain_step
+from benchmarks.measure.table import markdown
 
-ROWS, LENGTH = outputs_case.SHAPE
+ROWS, LENGTH = outputs.SHAPE
 HEADER = ["program", "flops", "×", "bytes accessed", "×", "temp MiB", "all-reduces"]
 
 
@@ -34,7 +34,7 @@ def programs_table(tpu: str | None) -> str:
 
 
 def _table(where: str, split: Sharding, whole: Sharding, rows: int = ROWS) -> str:
-    problem = outputs_case.problem((rows, LENGTH))
+    problem = outputs.problem((rows, LENGTH))
     x, batch = _placed(problem.x, split), _placed(problem.batch, split)
     step = jr.CompositeLoss.value_and_grad
     figures = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.problem import Batch, Problem
+from benchmarks.cases.problem import Batch, Problem
 
 SHAPE = (64, 4096)
 CLIP = 0.2  # of PPO's ratio
