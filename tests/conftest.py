@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import chex
 import hypothesis
 import jax
 import numpy as np
@@ -27,6 +28,12 @@ def pytest_sessionstart(session):
     report = check_numerics()
     if not report.ok:
         pytest.exit(str(report), returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def _traces_count_from_zero():
+    """`chex.assert_max_traces` counts by a function's source, over all tests."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Packing: nothing is lost, padding changes nothing, and few shapes are compiled."""
 
+import chex
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,9 @@ def test_unpack_is_the_inverse_of_pack(data):
     rows, length = batch.shape
     assert rows % 2 == 0
     assert batch.mask.sum() == sum(len(d["logprobs"]) for d in data)
-    assert batch["top"].shape == (rows, length, data[0]["top"].shape[1])
+    chex.assert_shape(batch["top"], (rows, length, data[0]["top"].shape[1]))
     assert not batch.mask[len(data) :].any()
-    assert batch["reward"].shape == (rows,)
+    chex.assert_shape(batch["reward"], (rows,))
 
 
 @given(ragged())
@@ -84,8 +85,8 @@ def test_what_stands_in_the_padding_changes_not_one_bit(seed, garbage):
     )
     want = objective.value_and_grad(x, batch)
     got = objective.value_and_grad(jnp.where(real, x, garbage), dirty)
-    leaves = zip(jax.tree.leaves(want[0]), jax.tree.leaves(got[0]), strict=True)
-    assert all(np.array_equal(a, b) for a, b in leaves)
+    chex.assert_tree_all_finite(want)  # a NaN equals a NaN below
+    chex.assert_trees_all_equal(want[0], got[0])
     assert np.array_equal(np.where(real, want[1], 0), np.where(real, got[1], 0))
     assert np.array_equal(want[1][~real], np.zeros((~real).sum()))
 
@@ -151,7 +152,7 @@ def test_the_apis_datums_and_masks():
 def test_weights_a_token_and_target():
     data = [{"top": np.ones((2, 3)), "weights": np.full((2, 3), 0.5)}]
     batch = jr.TokenBatch.pack(data)
-    assert batch.weights.shape == (4, 128, 3)
+    chex.assert_shape(batch.weights, (4, 128, 3))
     assert float(batch.sum(batch["top"])) == 3
     with pytest.raises(ValueError, match="weights that fit"):
         batch.mean(batch.mask.astype(np.float32))

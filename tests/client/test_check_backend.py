@@ -1,5 +1,6 @@
 """check_backend passes on a linear server, and says in words what another one does."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +84,7 @@ def test_a_linear_server_passes_and_is_left_as_it_was(embedded):
     assert "trains as" not in report.diagnosis
     assert "as they are written" in str(report)
     assert "saved state" in report.not_undone
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(embedded.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(before, embedded.params)
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -153,8 +153,7 @@ def test_the_state_is_restored_after_a_failure():
         with pytest.raises(jr.client.RequestFailed) as caught:
             jr.client.check_backend(Failing(client, lambda ws: ws))
         assert caught.value.gradient_applied == "maybe"
-        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(client.params), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(before, client.params)
 
 
 def test_what_check_backend_needs():

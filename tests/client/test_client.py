@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +50,7 @@ def test_steps_are_those_of_the_composed_objective_in_one_process():
             close(future.result().output.loss_total, loss, rtol=1e-5)
             updates, moments = tx.update(joint(params), moments, params)
             params = optax.apply_updates(params, updates)
-        for a, b in zip(*map(jax.tree.leaves, (client.params, params)), strict=True):
-            close(a, b, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(client.params, params, rtol=1e-4, atol=1e-5)
 
 
 def test_the_result_has_values_norms_and_the_servers_metrics(embedded):
@@ -111,8 +111,7 @@ def test_top_k_targets_one_datum_a_slot_are_the_same_step(embedded):
         assert len(client.sent("forward_backward")[0]) == (4 if top_k == "native" else 12)
         embedded.optim_step(jr.client.AdamParams(learning_rate=1e-2, eps=1e-3)).result()
         weights.append(embedded.params)
-    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
-        close(a, b, rtol=1e-4, atol=1e-5)  # of steps of 1e-2
+    chex.assert_trees_all_close(*weights, rtol=1e-4, atol=1e-5)  # of steps of 1e-2
 
 
 def test_a_base_loss_with_regularizers_is_composed_once(embedded):
@@ -167,8 +166,7 @@ def test_the_shortcut_makes_one_request_and_the_same_weights(embedded):
     result = jr.client.forward_backward_custom(client, data, sft(), logprobs=sampled).result()
     assert client.names == ["forward_backward"]
     client.optim_step(ADAM).result()
-    for a, b in zip(jax.tree.leaves(two_requests), jax.tree.leaves(embedded.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(two_requests, embedded.params)
     assert result.drift.max < 1e-5
 
 

@@ -1,5 +1,6 @@
 """forward= takes Flax linen params, NNX modules and Equinox pytrees alike."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,8 @@ def test_training_with_every_framework(make, wrt, rng):
     (loss, out), grads = objective.value_and_grad(params, batch)
     want, want_grads = jax.value_and_grad(by_hand)(params)
     close(loss, want)
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
-    jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-6), grads, want_grads)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    chex.assert_trees_all_close(grads, want_grads, rtol=1e-4, atol=1e-6)
     assert float(out.base_loss.grad_norm) > 0
 
     tx = optax.adam(0.03)

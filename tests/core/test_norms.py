@@ -1,5 +1,6 @@
 """Norms, against one gradient a term in float64, in every space and over random objectives."""
 
+import chex
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def test_a_filter_takes_the_norms_of_some_params_only(where):
     for name, term in out.regularizers.items():
         close(term.grad_norm, norm([grads[name][a][b] for a, b in (paths[p] for p in chosen)]))
     want = total(grads, objective, list(grads))
-    jax.tree.map(lambda a, b: close(a, b, rtol=1e-5, atol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
     close(out.total_grad_norm, norm([want[a][b] for a, b in (paths[p] for p in chosen)]))
 
 

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,8 +90,7 @@ class TestRight:
         assert custom["host_trains"] == 1
         assert custom["host_age"] == 0
         got_out.regularizers["squares"].custom.clear()
-        for a, b in zip(jax.tree.leaves(got_out), jax.tree.leaves(want_out), strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-6)
+        chex.assert_trees_all_close(got_out, want_out, rtol=2e-6)
         for a, b in zip(*client.sent("forward_backward"), strict=True):
             np.testing.assert_allclose(
                 a.loss_fn_inputs["weights"], b.loss_fn_inputs["weights"], rtol=2e-6, atol=1e-7

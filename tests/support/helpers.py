@@ -39,24 +39,9 @@ def logprobs(rng, batch):
     return jnp.asarray(-rng.uniform(0.1, 3, batch.shape), jnp.float32)
 
 
-def counting(fn):
-    """fn, and a list that grows by one each time it is traced."""
-    traces = []
-
-    def counted(x, batch):
-        traces.append(1)
-        return fn(x, batch)
-
-    return counted, traces
-
-
 def norm(tree):
     return np.sqrt(sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(tree)))
 
 
 def close(got, want, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64), rtol, atol)
-
-
-def trees_close(got, want):
-    jax.tree.map(close, got, want)

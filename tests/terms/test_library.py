@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def test_value_and_gradient_are_the_formulas(name, reduction, x64):
 
     plain = jax.tree.map(np.asarray, x)
     close(value, oracle(plain), rtol=case.rtol, atol=1e-12)
-    assert all(np.isfinite(m) for m in metrics.values())
+    chex.assert_tree_all_finite(metrics)
 
     def differentiated(at):
         if case.surrogate is None:
