@@ -9,5 +9,8 @@ Run from the repository's root, with jaxreg installed or on PYTHONPATH::
     python -m benchmarks host                    # terms outside XLA, and the cost of telemetry
     python -m benchmarks soak                    # 10,000 steps that fail and are cancelled: leaks?
 
-Every contestant is checked against float64 on the shapes that are timed, before it is timed.
+Every contestant is checked against float64 on the shapes that are timed, before it is timed. What is
+computed stands in ``cases``, who computes it in ``contestants`` (``torch_*`` in PyTorch, in a process of
+their own), how it is timed and checked in ``measure``; ``commands`` puts them together, and ``results`` has
+the tables.
 """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import benchmarks
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -18,7 +20,7 @@ def main() -> None:
     parser.add_argument("--torch-python", metavar="PYTHON", help="a Python with torch and torchjd")
     parser.add_argument("--case", choices=["outputs", "params"], help="only this one")
     parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument("--write", action="store_true", help="write results-<jax version>.md too")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/results too")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("compile", help="compile time of 32 terms")
     commands.add_parser("client", help="the client's own work a step; needs --torch-python")
@@ -29,13 +31,13 @@ def main() -> None:
     programs.add_argument("--tpu", metavar="TOPOLOGY", help="such as v5e:2x4; needs jax[tpu]")
     options = parser.parse_args()
     if options.command == "compile":
-        from benchmarks.compile_time import compile_table
-        from benchmarks.table import machine
+        from benchmarks.commands.compile_time import compile_table
+        from benchmarks.measure.table import machine
 
         print(f"{machine({})}\n\n{compile_table()}")
     elif options.command == "programs":
-        from benchmarks.programs import programs_table
-        from benchmarks.table import machine
+        from benchmarks.commands.programs import programs_table
+        from benchmarks.measure.table import machine
 
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
     elif options.command == "client":
@@ -43,7 +45,7 @@ def main() -> None:
     elif options.command == "host":
         _run_host(options)
     elif options.command == "soak":
-        from benchmarks.soak import run_soak
+        from benchmarks.commands.soak import run_soak
 
         run_soak(options.steps)
     else:
@@ -53,9 +55,9 @@ def main() -> None:
 def _run_client(options: argparse.Namespace) -> None:
     import jax
 
-    from benchmarks.run_client import run_client
-    from benchmarks.table import machine
-    from benchmarks.torch_worker import has_torch
+    from benchmarks.commands.client import run_client
+    from benchmarks.contestants.torch_worker import has_torch
+    from benchmarks.measure.table import machine
 
     torch_python = options.torch_python or (sys.executable if has_torch() else None)
     if torch_python is None:
@@ -63,20 +65,20 @@ def _run_client(options: argparse.Namespace) -> None:
     section, versions = run_client(torch_python, options.quick)
     print(f"{section}\n{machine(versions)}")
     if options.write:
-        path = Path(__file__).parent / f"results-client-{jax.__version__}.md"
+        path = RESULTS / f"client-{jax.__version__}.md"
         path.write_text(f"# The client with jax {jax.__version__}\n\n{machine(versions)}.\n\n{section}")
 
 
 def _run_host(options: argparse.Namespace) -> None:
     import jax
 
-    from benchmarks.host_case import host_tables
-    from benchmarks.table import machine
+    from benchmarks.commands.host import host_tables
+    from benchmarks.measure.table import machine
 
     tables, where = host_tables(options.quick), machine({})
     print(f"{tables}\n\n{where}")
     if options.write:
-        path = Path(__file__).parent / f"results-host-{jax.__version__}.md"
+        path = RESULTS / f"host-{jax.__version__}.md"
         path.write_text(f"# Host terms and telemetry with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
@@ -84,9 +86,9 @@ def _run_cases(options: argparse.Namespace) -> None:
     import jax
 
     from benchmarks.cases import PROBLEMS
-    from benchmarks.run_case import run_case
-    from benchmarks.table import machine
-    from benchmarks.torch_worker import has_torch
+    from benchmarks.commands.case import run_case
+    from benchmarks.contestants.torch_worker import has_torch
+    from benchmarks.measure.table import machine
 
     torch_python = options.torch_python or (sys.executable if has_torch() else None)
     sections: list[str] = []
@@ -98,7 +100,7 @@ def _run_cases(options: argparse.Namespace) -> None:
     where = machine(versions)
     print(where)
     if options.write:
-        path = Path(__file__).parent / f"results-{jax.__version__}.md"
+        path = RESULTS / f"{jax.__version__}.md"
         heading = f"# Timings with jax {jax.__version__}\n\n{where}.\n"
         path.write_text("\n".join([heading, *sections]))
 

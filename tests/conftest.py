@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import chex
 import hypothesis
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jaxreg.testing import check_numerics
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
+collect_ignore = ["conftest.py"]  # for doctests it would be imported again, by a name that another one has
 
 
 def pytest_sessionstart(session):
@@ -26,6 +28,12 @@ def pytest_sessionstart(session):
     report = check_numerics()
     if not report.ok:
         pytest.exit(str(report), returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def _traces_count_from_zero():
+    """`chex.assert_max_traces` counts by a function's source, over all tests."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def check_term(
 ) -> None:
     """Check a term of your own as the built-in ones are checked.
 
-    On the example given: the value is a finite scalar, and so are the metrics; it is the same under
+    On the example given: the value is a finite scalar, and so are the metrics; they are the same under
     ``jit`` and ``vmap``; the gradient agrees with numerical differences in float64. Where the batch is a
     `TokenBatch` and x has its shape: padding gets exactly no gradient, and whatever stands there, and
     however much of it there is, changes nothing; nor does the order of the datums.
@@ -72,12 +72,15 @@ def check_term(
     if "state" in requested_arguments(fn):
         extra["state"] = fn.init()  # type: ignore[attr-defined]
 
+    def reported(x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+        return call_term(fn, x, batch, extra, "the term")[:2]
+
     def value(x: PyTree, batch: PyTree) -> Array:
-        return call_term(fn, x, batch, extra, "the term")[0]
+        return reported(x, batch)[0]
 
     problems = list(_values(fn, x, batch, extra, value))
     if not problems:  # without a finite value the rest says nothing
-        problems += _transformations(x, batch, value, rng)
+        problems += _transformations(x, batch, reported, rng)
         if gradients:
             problems += _numerical(x, batch, value, rng)
         if isinstance(batch, TokenBatch) and jnp.shape(x)[:2] == batch.shape:
@@ -103,19 +106,24 @@ def _values(
 
 
 def _transformations(
-    x: PyTree, batch: PyTree, value: Callable[..., Array], rng: np.random.Generator
+    x: PyTree, batch: PyTree, reported: Callable[..., PyTree], rng: np.random.Generator
 ) -> Iterator[str]:
-    plain = float(value(x, batch))
-    jitted = float(jax.jit(value)(x, batch))
-    if not _close(jitted, plain):
-        yield f"same under jit: {jitted} with, {plain} without; a term is a pure function of its arguments"
+    """The value and the metrics."""
+    plain = reported(x, batch)
+    jitted = jax.jit(reported)(x, batch)
+    if not _same(jitted, plain):
+        yield (
+            f"same under jit: {_shown(jitted)} with, {_shown(plain)} without; a term is a pure function of "
+            f"its arguments"
+        )
     nudges = [
         jax.tree.map(lambda a: a + 0.01 * rng.normal(size=a.shape).astype(a.dtype), x) for _ in range(3)
     ]
-    mapped = jax.vmap(value, in_axes=(0, None))(jax.tree.map(lambda *a: jnp.stack(a), *nudges), batch)
+    mapped = jax.vmap(reported, in_axes=(0, None))(jax.tree.map(lambda *a: jnp.stack(a), *nudges), batch)
     for i, nudge in enumerate(nudges):
-        if not _close(float(mapped[i]), float(value(nudge, batch))):
-            yield f"same under vmap: {float(mapped[i])} with, {float(value(nudge, batch))} without"
+        one, alone = jax.tree.map(lambda a, i=i: a[i], mapped), reported(nudge, batch)
+        if not _same(one, alone):
+            yield f"same under vmap: {_shown(one)} with, {_shown(alone)} without"
             break
 
 
@@ -229,6 +237,22 @@ def _float64(tree: PyTree) -> PyTree:
 
 def _close(a: float, b: float) -> bool:
     return bool(np.isclose(a, b, rtol=1e-5, atol=1e-6))
+
+
+def _same(got: PyTree, want: PyTree) -> bool:
+    """Whether two trees have the same structure and numbers; a NaN is nothing's equal."""
+    import chex  # here, as importing jaxreg need not wait for it
+
+    try:
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    except AssertionError:
+        return False
+    return not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(got))
+
+
+def _shown(reported: tuple[Array, dict[str, Array]]) -> str:
+    value, metrics = jax.tree.map(float, reported)
+    return f"{value} {metrics}" if metrics else f"{value}"
 
 
 def _where(bad: np.ndarray) -> str:
