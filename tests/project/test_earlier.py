@@ -1,16 +1,16 @@
 """What 0.1.0 left behind, on Python 3.11 with jax 0.10.1, still opens."""
 
 import pickle
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from places import ROOT
 
 import jaxreg as jr
 
-LEFT = Path(__file__).parent / "data" / "0.1.0"
+LEFT = ROOT / "tests" / "data" / "0.1.0"
 
 
 @pytest.fixture(scope="module")
