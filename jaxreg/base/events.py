@@ -5,7 +5,8 @@
 ``custom_loss.stop``           it has its loss and gradient; measurements: ``duration`` (seconds) and its
                                parts, if known; metadata: ``output`` (its `CustomLossOutput` of
                                floats), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
-                               the caller's), ``inputs`` (an `Inputs`, or None)
+                               the caller's), ``inputs`` (an `Inputs`, or None), ``state_step`` (which
+                               step its state is for; None where there is none)
 ``custom_loss.exception``      it failed; metadata: ``error``, ``inputs``
 ``regularizer.compute.start``  a host term begins; metadata: ``term``
 ``regularizer.compute.stop``   a term has its value; measurements: ``value``, ``weight``,

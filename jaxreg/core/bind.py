@@ -34,22 +34,30 @@ def bind_terms(
 
 def bind_forward(
     plan: Plan, leaves: Leaves, batch: PyTree, key: Array | None
-) -> Callable[[PyTree], PyTree] | None:
-    """The model as a function of its params, or None where there is no model."""
+) -> Callable[[PyTree], tuple[PyTree, PyTree]] | None:
+    """The model as a function of its params to ``(outputs, aux)``, or None where there is no model."""
     if plan.model is None:
         return None
     model = plan.model.with_arrays(leaves.model)
     extra = _own_key(model, key, "/forward", "forward")  # a name that no term may have
 
-    def forward(params: PyTree) -> PyTree:
+    def forward(params: PyTree) -> tuple[PyTree, PyTree]:
         with jax.named_scope("forward"):
-            outputs = model(params, batch, **extra)
+            outputs: Any = model(params, batch, **extra)
+        aux = None
+        if plan.has_aux:
+            if not (isinstance(outputs, tuple) and len(outputs) == 2):
+                raise TypeError(
+                    f"forward: with has_aux=True it returns (outputs, aux), got {type(outputs).__name__}"
+                )
+            outputs, aux = outputs
         check_differentiable(
             outputs,
             "what forward returns",
-            "let forward return floating-point arrays only, and put the others into the batch",
+            "let forward return floating-point arrays only; for others, let it return (outputs, others) and "
+            "say compose(..., has_aux=True): they come back in out.aux",
         )
-        return outputs
+        return outputs, jax.lax.stop_gradient(aux)
 
     return forward
 

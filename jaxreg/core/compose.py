@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,11 @@ from jaxreg.core.norms import GradNorms, as_grad_norms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.plan import Leaves, shared, who
 from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, split_arrays
-from jaxreg.core.weights import weight_leaf
+from jaxreg.core.weights import check_schedule, weight_leaf
+
+
+class MixedReductionsWarning(UserWarning):
+    """Some terms of an objective sum over tokens, and others average."""
 
 
 def compose(
@@ -20,6 +25,7 @@ def compose(
     regularizers: Iterable[Regularizer] = (),
     *,
     forward: Callable[..., PyTree] | None = None,
+    has_aux: bool = False,
     track_grad_norms: bool | GradNorms = False,
 ) -> CompositeLoss:
     """Compose one base loss and any number of weighted terms into one objective.
@@ -33,6 +39,8 @@ def compose(
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
         base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` the params. It
         may take ``key`` by keyword, for dropout.
+      has_aux: ``forward`` returns ``(outputs, aux)``, as `jax.grad` has it. What is no output (batch-norm
+        statistics, counters, caches; leaves of any dtype) comes back in ``out.aux``, without a gradient.
       track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument
         that is differentiated, or a `GradNorms` that says more.
 
@@ -41,6 +49,9 @@ def compose(
 
     Raises:
       TypeError, ValueError: naming the term and the remedy.
+
+    Warns:
+      MixedReductionsWarning: some terms sum over tokens (``reduction="token_sum"``) and others average.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -62,7 +73,11 @@ def compose(
     check_term(loss_fn, "base loss")
     specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
     _check_names(specs)
-    _check_forward(forward, specs)
+    _check_reductions(loss_fn, specs)
+    _check_forward(forward, has_aux, specs)
+    for spec in specs:
+        if callable(spec.weight):
+            check_schedule(spec.weight, spec.name)
     norms = as_grad_norms(track_grad_norms)
     if norms is not None:
         norms.check_fits(forward)
@@ -82,7 +97,8 @@ def compose(
         terms=tuple(arrays),
         model=model_arrays,
     )
-    return CompositeLoss(leaves, shared(tuple(names), tuple(parts), places, schedules, model, norms))
+    plan = shared(tuple(names), tuple(parts), places, schedules, model, norms, has_aux)
+    return CompositeLoss(leaves, plan)
 
 
 def _as_iterable(regularizers: Any) -> Iterable[Any]:
@@ -103,12 +119,31 @@ def _check_names(specs: Sequence[RegularizerSpec]) -> None:
         seen.add(spec.name)
 
 
-def _check_forward(forward: object, specs: Sequence[RegularizerSpec]) -> None:
+def _check_reductions(loss_fn: TermFn, specs: Sequence[RegularizerSpec]) -> None:
+    """Tell where some terms sum over tokens and others average: their shares then move with the batch."""
+    named = [(BASE, loss_fn), *((spec.name, spec.fn) for spec in specs)]
+    sums, means = (
+        [who(name) for name, fn in named if getattr(fn, "reduction", None) in some]
+        for some in (("token_sum",), ("token_mean", "datum_mean"))
+    )
+    if sums and means:
+        warnings.warn(
+            f"{', '.join(sums)} {'sums' if len(sums) == 1 else 'sum'} over tokens, and {', '.join(means)} "
+            f"{'averages' if len(means) == 1 else 'average'}: the larger the batch, the less the averages "
+            f"count beside the sums. Give all one reduction=, such as 'token_mean'",
+            MixedReductionsWarning,
+            stacklevel=3,
+        )
+
+
+def _check_forward(forward: object, has_aux: bool, specs: Sequence[RegularizerSpec]) -> None:
     if forward is not None:
         if not callable(forward):
             raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")
         check_term(forward, "forward")
         return
+    if has_aux:
+        raise ValueError("has_aux=True says what forward returns; give compose the model, forward=apply_fn")
     for spec in specs:
         if spec.on == "params":
             raise ValueError(

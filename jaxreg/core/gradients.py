@@ -14,7 +14,7 @@ In none of them does a term's backward pass run more than once, and the forward 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxreg.base.numbers import accumulation_dtype, safe_root, widened
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.norms import GradNorms
+
+Forward: TypeAlias = Callable[[PyTree], tuple[PyTree, PyTree]]  # from params to outputs, and aux
 
 
 class BoundTerm(NamedTuple):
@@ -47,6 +49,7 @@ class Pass(NamedTuple):
     total: Array
     values: list[Array]
     extras: list[Any]
+    aux: PyTree  # what the model returned beside its outputs
     gradient: PyTree = None
     norms: Norms | None = None
 
@@ -62,20 +65,20 @@ def weighted(weight: Array | None, value: Array) -> Array:
     return scale * jnp.where((scale == 0) & ~jnp.isfinite(value), jnp.zeros_like(value), value)
 
 
-def evaluate(terms: Sequence[BoundTerm], forward: Callable[[PyTree], PyTree] | None, x: PyTree) -> Pass:
+def evaluate(terms: Sequence[BoundTerm], forward: Forward | None, x: PyTree) -> Pass:
     """The pass without a gradient."""
-    outputs = forward(x) if forward else x
+    outputs, aux = forward(x) if forward else (x, None)
     values, extras = [], []
     for term in terms:
         value, extra = term.fn(x if term.on_params else outputs)
         values.append(value)
         extras.append(extra)
-    return Pass(_total(terms, values), values, extras)
+    return Pass(_total(terms, values), values, extras, aux)
 
 
 def differentiate(
     terms: Sequence[BoundTerm],
-    forward: Callable[[PyTree], PyTree] | None,
+    forward: Forward | None,
     x: PyTree,
     norms: GradNorms | None,
 ) -> Pass:
@@ -87,7 +90,7 @@ def differentiate(
     return _norms_of_params(terms, forward, x, norms)
 
 
-def _without_norms(terms: Sequence[BoundTerm], forward: Callable[[PyTree], PyTree] | None, x: PyTree) -> Pass:
+def _without_norms(terms: Sequence[BoundTerm], forward: Forward | None, x: PyTree) -> Pass:
     def total(x: PyTree) -> tuple[Array, Pass]:
         done = evaluate(terms, forward, x)
         return done.total, done
@@ -98,11 +101,11 @@ def _without_norms(terms: Sequence[BoundTerm], forward: Callable[[PyTree], PyTre
 
 def _norms_of_outputs(
     terms: Sequence[BoundTerm],
-    forward: Callable[[PyTree], PyTree] | None,
+    forward: Forward | None,
     x: PyTree,
     norms: GradNorms,
 ) -> Pass:
-    outputs, pull = _run_forward(forward, x)
+    outputs, aux, pull = _run_forward(forward, x)
     values, extras, gradients = _term_gradients(terms, outputs, x)
     on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
     cotangent = _weighted_sum(terms, gradients, on_outputs, outputs)
@@ -117,16 +120,16 @@ def _norms_of_outputs(
         by_term[i] = safe_root(jnp.sum(square))
         by_datum[i] = safe_root(square) if norms.per_datum else None
     total = safe_root(_squares(jax.tree.leaves(cotangent)))
-    return Pass(_total(terms, values), values, extras, gradient, Norms(by_term, by_datum, total))
+    return Pass(_total(terms, values), values, extras, aux, gradient, Norms(by_term, by_datum, total))
 
 
 def _norms_of_params(
     terms: Sequence[BoundTerm],
-    forward: Callable[[PyTree], PyTree],
+    forward: Forward,
     params: PyTree,
     norms: GradNorms,
 ) -> Pass:
-    outputs, pull = _run_forward(forward, params)
+    outputs, aux, pull = _run_forward(forward, params)
     values, extras, gradients = _term_gradients(terms, outputs, params)
     on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
     chosen = select_leaves(params, norms.params, "GradNorms(params=...)")
@@ -152,7 +155,7 @@ def _norms_of_params(
     by_term: list[Array | None] = [safe_root(squares[i]) for i in range(len(terms))]
     total = safe_root(_squares(_pick(gradient, chosen)))
     none: list[Array | None] = [None] * len(terms)
-    return Pass(_total(terms, values), values, extras, gradient, Norms(by_term, none, total))
+    return Pass(_total(terms, values), values, extras, aux, gradient, Norms(by_term, none, total))
 
 
 def _total(terms: Sequence[BoundTerm], values: Sequence[Array]) -> Array:
@@ -162,13 +165,11 @@ def _total(terms: Sequence[BoundTerm], values: Sequence[Array]) -> Array:
     return total
 
 
-def _run_forward(
-    forward: Callable[[PyTree], PyTree] | None, x: PyTree
-) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+def _run_forward(forward: Forward | None, x: PyTree) -> tuple[PyTree, PyTree, Callable[[PyTree], PyTree]]:
     if forward is None:
-        return x, lambda cotangent: cotangent
-    outputs, pull = jax.vjp(forward, x)
-    return outputs, lambda cotangent: pull(cotangent)[0]
+        return x, None, lambda cotangent: cotangent
+    outputs, pull, aux = jax.vjp(forward, x, has_aux=True)
+    return outputs, aux, lambda cotangent: pull(cotangent)[0]
 
 
 def _term_gradients(

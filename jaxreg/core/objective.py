@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base import releases
 from jaxreg.base.events import listening
 from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
 from jaxreg.core import step
@@ -20,6 +22,10 @@ from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.spec import check_weight
 from jaxreg.core.state import first_state
 from jaxreg.core.weights import weight_leaf, weights_at
+
+
+class NormsNotComputedWarning(UserWarning):
+    """An objective that tracks norms was differentiated by `jax.grad`, which leaves them None."""
 
 
 @flax.struct.dataclass(eq=False)  # hashed by identity, so that jax.jit(objective) works
@@ -62,6 +68,13 @@ class CompositeLoss:
         Returns:
           ``(loss_total, CustomLossOutput)``.
         """
+        if self.plan.norms is not None and is_differentiated(x):
+            warnings.warn(
+                "norms are tracked, but jax.grad and jax.value_and_grad see one function and no terms, so they "
+                "come back None: call objective.value_and_grad(...), or compose without track_grad_norms=",
+                NormsNotComputedWarning,
+                stacklevel=2,
+            )
         return self._run(step.call, x, batch, state or None, key)
 
     def value_and_grad(
@@ -165,6 +178,7 @@ class CompositeLoss:
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
         """The compiled program, or its own body where somebody else is tracing already."""
+        releases.warn_once()
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments)))
         run = functools.partial(body, self.plan) if traced else self.plan.compiled(body)
         if not listening():
@@ -177,6 +191,12 @@ class CompositeLoss:
             near = difflib.get_close_matches(str(name), self.names, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise KeyError(f"no term is named {name!r}; {hint}the terms are {list(self.names)}")
+
+
+def is_differentiated(x: PyTree) -> bool:
+    """Whether somebody differentiates with respect to x. A jit in between hides it."""
+    kinds = {kind.__name__ for leaf in jax.tree.leaves(x) for kind in type(leaf).__mro__}
+    return not kinds.isdisjoint(("JVPTracer", "LinearizeTracer"))
 
 
 def _shown(objective: CompositeLoss, name: str, schedule: Schedule | None) -> str:

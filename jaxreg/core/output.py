@@ -68,6 +68,7 @@ class CustomLossOutput:
       regularizer_total: ``Σ weightᵢ·valueᵢ``.
       total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
       state: the state for the next step (empty where nothing needs one).
+      aux: what ``forward`` returned beside its outputs, with ``compose(..., has_aux=True)``, or None.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -88,6 +89,7 @@ class CustomLossOutput:
     regularizer_total: Array
     total_grad_norm: Array | None = None
     state: PyTree = flax.struct.field(default_factory=dict)
+    aux: PyTree = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python for JSON: floats, None where there is no number, names in order.
@@ -115,14 +117,14 @@ class CustomLossOutput:
         return {name: number for name, number in numbers.items() if number is not None}
 
     def on_host(self) -> CustomLossOutput:
-        """The same with floats for scalars and NumPy arrays for others, and without the state.
+        """The same with floats for scalars and NumPy arrays for others, and without state and aux.
 
         It waits for the device, once.
         """
         if isinstance(cast(Any, self.loss_total), float):
             return self
-        # The state may be as large as the model, and is no metric: it stays where it is.
-        leaves, structure = jax.tree.flatten(self.replace(state={}))  # type: ignore[attr-defined]
+        # State and aux may be as large as the model, and are no metrics: they stay where they are.
+        leaves, structure = jax.tree.flatten(self.replace(state={}, aux=None))  # type: ignore[attr-defined]
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             raise TypeError(
                 "to_dict() and to_flat_dict() read numbers, which do not exist while JAX traces; "

@@ -34,6 +34,7 @@ class Plan:
     schedules: tuple[Schedule | None, ...]
     model: StaticPart | None
     norms: GradNorms | None
+    has_aux: bool = False  # whether the model returns (outputs, what is none)
 
     def fns(self, leaves: Leaves) -> list[TermFn]:
         """The terms, whole again."""

@@ -25,7 +25,7 @@ def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
         if "state" in requested_arguments(fn)
     }
     state: dict[str, Any] = {}
-    if any(plan.schedules):
+    if any(plan.schedules) or terms:
         state["step"] = jnp.zeros((), jnp.int32)
     if terms:
         state["terms"] = terms

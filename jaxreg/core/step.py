@@ -62,4 +62,5 @@ def _report(plan: Plan, terms: list[BoundTerm], done: Pass, state: PyTree) -> Cu
         regularizer_total=regularizer_total,
         total_grad_norm=done.norms.total if done.norms else None,
         state=next_state(state, next_states),
+        aux=done.aux,
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.state import step_of
+
+ROUNDING = 1e-6  # what a schedule may be below 0
 
 
 def weight_leaf(weight: ArrayLike) -> Array:
@@ -18,10 +24,9 @@ def weights_at(plan: Plan, leaves: Leaves, state: PyTree) -> list[Array | None]:
     """One weight a term; None for the base loss, which has none."""
     weights: list[Array | None] = [None]
     for name, schedule in zip(plan.names[1:], plan.schedules[1:], strict=True):
-        weight = leaves.constants[name]
-        if schedule is not None:
-            scheduled = _read(schedule, name, state, weight.dtype)
-            weight = jnp.where(leaves.held[name], weight, scheduled)
+        weight, held = leaves.constants[name], leaves.held.get(name, True)
+        if schedule is not None and (isinstance(held, jax.core.Tracer) or not np.asarray(held).all()):
+            weight = jnp.where(held, weight, _read(schedule, name, state, weight.dtype))
         weights.append(weight)
     return weights
 
@@ -38,4 +43,31 @@ def _read(schedule: Schedule, name: str, state: PyTree, dtype: jnp.dtype) -> Arr
         raise
     if weight.shape != ():
         raise ValueError(f"term {name!r}: its schedule gives shape {weight.shape}, not a scalar")
-    return jnp.maximum(weight, 0)  # No weight is negative, but a linear schedule to 0 may end at -2e-8.
+    return _not_negative(weight, name)
+
+
+def _not_negative(weight: Array, name: str) -> Array:
+    """The weight; 0 where rounding made it less (a linear schedule to 0 may end at -2e-8), else NaN.
+
+    NaN is what a traced program can say: the term is then named among those that are not finite.
+    """
+    if not isinstance(weight, jax.core.Tracer):
+        _refuse_negative(float(weight), name)
+    return jnp.where(weight < -ROUNDING, jnp.nan, jnp.maximum(weight, 0))
+
+
+def check_schedule(schedule: Schedule, name: str) -> None:
+    """Refuse one that begins with a negative weight. What else is wrong with it, the first trace tells."""
+    try:
+        first = float(cast(Any, schedule(jnp.zeros((), jnp.int32))))
+    except Exception:
+        return
+    _refuse_negative(first, name)
+
+
+def _refuse_negative(weight: float, name: str) -> None:
+    if weight < -ROUNDING:
+        raise ValueError(
+            f"term {name!r}: its schedule gives {weight:g}, and a weight is ≥ 0; to reward what the term "
+            f"measures, negate its value in fn"
+        )

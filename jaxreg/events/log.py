@@ -7,6 +7,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxreg.base.events import emit, listening
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.output import CustomLossOutput
@@ -69,8 +71,14 @@ def log(
             "report": report,
             "metrics": flat | dict(metrics or {}),
             "inputs": inputs,
+            "state_step": _step_of(output.state),
         },
     )
+
+
+def _step_of(state: PyTree) -> int | None:
+    known = isinstance(state, Mapping) and np.ndim(state.get("step", ())) == 0 and "step" in state
+    return int(state["step"]) if known else None
 
 
 def _of_term(term: Mapping[str, Any]) -> dict[str, float]:

@@ -57,5 +57,6 @@ def _parted(objective: CompositeLoss) -> _Parts:
         these(plan.schedules),
         plan.model,
         plan.norms,
+        plan.has_aux,
     )
     return _Parts(lean, kept, host)

@@ -16,6 +16,7 @@ from jaxreg.batch.packing import pad
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.core.bind import bind_forward, bind_terms
 from jaxreg.core.plan import who
+from jaxreg.core.weights import weights_at
 from jaxreg.events.log import Inputs
 from jaxreg.host.part import part
 
@@ -25,7 +26,8 @@ class Finding:
     """One place where a number is not finite.
 
     Attributes:
-      where: ``"x"``, ``"batch"``, ``"outputs"``, ``"value"`` or ``"gradient"`` (of a term).
+      where: ``"x"``, ``"batch"``, ``"outputs"``, or of a term ``"weight"`` (a schedule that is negative
+        makes it NaN), ``"value"`` or ``"gradient"``.
       term: the term's name, ``"base_loss"``, or None before any term.
       name: which array of the batch or of x, or "".
       datum: its number, or None where no datum alone is to blame, or data has no datums.
@@ -45,6 +47,7 @@ class Finding:
             "x": "what is differentiated",
             "batch": "the data",
             "outputs": "what forward returns",
+            "weight": "the weight",
             "value": "the value",
             "gradient": "the gradient",
         }[self.where]
@@ -91,17 +94,26 @@ def _findings(inputs: Inputs) -> Iterator[Finding]:
     yield from _in_tree("x", x, batch, infinite=False)
     outputs = x
     if (forward := bind_forward(plan, leaves, batch, inputs.key)) is not None:
-        outputs = jax.jit(forward)(x)
+        outputs, _ = jax.jit(forward)(x)
         yield from _in_tree("outputs", outputs, batch, infinite=False)
+    weights = jax.jit(lambda leaves, state: weights_at(plan, leaves, state)[1:])(leaves, inputs.state)
+    for name, weight in zip(objective.names, weights, strict=True):
+        if not np.isfinite(weight):
+            yield Finding("weight", name, "", None, None, float(weight))
     for i, name in enumerate(plan.names):
         at = x if plan.places[i] == "params" else outputs
         value_of = _value_of(plan, leaves, i, inputs.state, inputs.key)
-        value, slope = jax.jit(jax.value_and_grad(value_of))(at, batch)
+        value, slope = _value_and_slope(value_of, at, batch)
         if not np.isfinite(value):
             guilty = _guilty_datums(value_of, at, batch) if plan.places[i] != "params" else []
             for datum in guilty or [None]:
                 yield Finding("value", name, "", datum, None, float(value))
         yield from _in_tree("gradient", slope, batch, term=name)
+
+
+@jax.jit
+def _value_and_slope(value_of: Callable[[PyTree, PyTree], Array], x: PyTree, batch: PyTree) -> Any:
+    return jax.value_and_grad(value_of)(x, batch)
 
 
 def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
@@ -117,10 +129,10 @@ def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
 def _value_of(
     plan: Any, leaves: Any, i: int, state: PyTree, key: Array | None
 ) -> Callable[[PyTree, PyTree], Array]:
-    def value(x: PyTree, batch: PyTree) -> Array:
+    def value(state: PyTree, x: PyTree, batch: PyTree) -> Array:
         return bind_terms(plan, leaves, batch, state, key)[i].fn(x)[0]
 
-    return value
+    return jax.tree_util.Partial(value, state)  # traced with the rest, as the step traces it
 
 
 def _guilty_datums(value_of: Callable[[PyTree, PyTree], Array], x: PyTree, batch: PyTree) -> list[Any]:

@@ -31,6 +31,8 @@ class Warnings:
                        are with a remote model, and where the loop gives them to `log`), datum and token
     ``recompiles``     the same objective was compiled ``compiles`` times within ``compile_steps`` steps:
                        with what changed, shapes or functions
+    ``stands_still``   the state that the objective is given has been that of one step for ``still_steps``
+                       steps: schedules and memory do not move
     =================  ====================================================================================
 
     A host term that gives no gradient says so itself, and is not warned of. A limit of None switches its
@@ -55,6 +57,7 @@ class Warnings:
         share_steps: int = 20,
         compiles: int | None = 8,
         compile_steps: int = 50,
+        still_steps: int | None = 20,
     ) -> None:
         if share is not None and not 0 < share < 1:
             raise ValueError(f"share is between 0 and 1, or None; got {share!r}")
@@ -63,11 +66,13 @@ class Warnings:
             ("share_steps", share_steps),
             ("compiles", compiles),
             ("compile_steps", compile_steps),
+            ("still_steps", still_steps),
         ):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is a whole number ≥ 1, got {number!r}")
         self._zero_steps, self._share, self._share_steps = zero_steps, share, share_steps
         self._compiles, self._compile_steps = compiles, compile_steps
+        self._still_steps, self._state_step = still_steps, -1
         self._lasting: collections.Counter[tuple[str, str]] = collections.Counter()  # steps, by kind and term
         self._broken: set[str] = set()  # terms that are not finite just now
         self._steps = 0
@@ -79,6 +84,7 @@ class Warnings:
             self._steps += 1
             report = event.metadata["report"]
             self._look_at_terms(report, event.step)
+            self._look_at_state(event.metadata.get("state_step"), event.step)
             self._look_at_numbers(report.get("nonfinite", []), event.step, event.metadata["inputs"])
         elif event.name == "custom_loss.exception":
             self._steps += 1
@@ -114,6 +120,15 @@ class Warnings:
             return False
         self._lasting[kind, name] += 1
         return self._lasting[kind, name] == steps
+
+    def _look_at_state(self, state_step: int | None, step: int | None) -> None:
+        stands = state_step is not None and state_step == self._state_step
+        self._state_step = -1 if state_step is None else state_step
+        # The first of them was seen before it stood still.
+        if self._still_steps is not None and self._lasts("stands_still", "", stands, self._still_steps - 1):
+            what = f"the state has been that of step {self._state_step} for {self._still_steps} steps"
+            remedy = "pass state=objective.init() at the first step only, and state=out.state from then on"
+            _tell("stands_still", None, f"{what}: {remedy}", step)
 
     def _look_at_numbers(self, terms: Sequence[str], step: int | None, inputs: Inputs | None) -> None:
         new = [name for name in terms if name not in self._broken]

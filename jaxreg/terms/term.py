@@ -113,6 +113,9 @@ def read_like(
     return real_values(batch, array, who, by_mask=by_mask)
 
 
+BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
+
+
 def needs(x: PyTree, ndim: int, who: str, what: str) -> Array:
     """x, if it is an array of so many axes.
 
@@ -120,7 +123,7 @@ def needs(x: PyTree, ndim: int, who: str, what: str) -> Array:
       ValueError: it has another number of axes. TypeError: it is no array.
     """
     if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(f"{who}: expected {what}, got {type(x).__name__}")
+        raise TypeError(f"{who}: expected {what}, got {type(x).__name__}; {BY_FIELD}")
     if x.ndim != ndim:
         raise ValueError(f"{who}: expected {what}, got shape {x.shape}")
     return jnp.asarray(x)

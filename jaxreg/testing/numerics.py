@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.releases import AVOIDS
 from jaxreg.base.types import Array
 
 _TOLERANCE = 1e-3  # Sound releases stay below 1e-5, faulty ones are off by 0.1 and more.
@@ -42,9 +43,9 @@ class NumericsReport:
         else:
             lines.append(
                 "This JAX computes WRONG GRADIENTS on this machine, without any warning. Install one\n"
-                "that does not, such as jax==0.10.1 (Python 3.11) or jax==0.11.0 (Python 3.12 and\n"
-                "newer). Until then XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (slower) in the\n"
-                "environment avoids the faulty path."
+                'that does not: pip install "jaxreg[cpu]" finds it, such as jax==0.10.1 (Python 3.11) or\n'
+                "jax==0.11.0 (Python 3.12 and newer). Until then\n"
+                f"XLA_FLAGS={AVOIDS} (slower) in the environment avoids the faulty path."
             )
         return "\n".join(lines)
 
