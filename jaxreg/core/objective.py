@@ -24,6 +24,12 @@ from jaxreg.core.state import first_state
 from jaxreg.core.weights import weight_leaf, weights_at
 
 
+NO_NORMS = (
+    "norms are tracked, but jax.grad and jax.value_and_grad see one function and no terms, so they come back "
+    "None: call objective.value_and_grad(...), or compose without track_grad_norms="
+)
+
+
 class NormsNotComputedWarning(UserWarning):
     """An objective that tracks norms was differentiated by `jax.grad`, which leaves them None."""
 
@@ -69,12 +75,7 @@ class CompositeLoss:
           ``(loss_total, CustomLossOutput)``.
         """
         if self.plan.norms is not None and is_differentiated(x):
-            warnings.warn(
-                "norms are tracked, but jax.grad and jax.value_and_grad see one function and no terms, so they "
-                "come back None: call objective.value_and_grad(...), or compose without track_grad_norms=",
-                NormsNotComputedWarning,
-                stacklevel=2,
-            )
+            warnings.warn(NO_NORMS, NormsNotComputedWarning, stacklevel=2)
         return self._run(step.call, x, batch, state or None, key)
 
     def value_and_grad(

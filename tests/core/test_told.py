@@ -1,5 +1,6 @@
 """Mistakes of use that can be seen are told."""
 
+import tomllib
 import warnings
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from places import ROOT
 
 import jaxreg as jr
 from jaxreg.base import releases
@@ -102,10 +104,8 @@ def test_a_release_that_computes_wrong_gradients(monkeypatch, release, backend, 
 
 
 def test_the_extra_for_cpus_excludes_what_the_list_names():
-    import tomllib
-    from pathlib import Path
 
-    project = tomllib.loads((Path(jr.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in project["optional-dependencies"]["cpu"]:
         name, *excluded = requirement.replace("jaxlib", "jax").split("!=")
         assert name == "jax"
