@@ -23,7 +23,6 @@ from jaxreg.core.spec import check_weight
 from jaxreg.core.state import first_state
 from jaxreg.core.weights import weight_leaf, weights_at
 
-
 NO_NORMS = (
     "norms are tracked, but jax.grad and jax.value_and_grad see one function and no terms, so they come back "
     "None: call objective.value_and_grad(...), or compose without track_grad_norms="
