@@ -1,8 +1,8 @@
 """The L2 norm of arrays of any scale, in one pass over them.
 
-The square of a number above 1e19 is infinite in float32, and of one below 1e-19 it has lost digits or is 0. What is
-measured here is right for every finite array: the norm is finite wherever float32 can hold it, and has all its
-digits. (Numbers below 1.2e-38, which many devices take for 0, may count as 0.)
+The square of a number above 1e19 is infinite in float32, and of one below 1e-19 it has lost digits or is 0.
+What is measured here is right for every finite array: the norm is finite wherever float32 can hold it, and
+has all its digits. (Numbers below 1.2e-38, which many devices take for 0, may count as 0.)
 """
 
 from __future__ import annotations

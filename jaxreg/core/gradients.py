@@ -137,7 +137,7 @@ def _norms_of_params(
     # stack, and hold a transposed copy of it. It saved 15 to 20 % of temporary memory on two small
     # transformers with an untied head, and made no difference on the benchmark's, whose head is tied.
     stack = jax.lax.optimization_barrier(stack)
-    stacked = jax.vmap(pull)(stack)
+    stacked = _pulled_together(pull, stack)
     pulled = {i: jax.tree.map(lambda g, k=k: g[k], stacked) for k, i in enumerate(on_outputs)}
     gradient = _weighted_sum(terms, pulled, on_outputs, params)
     if not all(chosen):
@@ -170,6 +170,20 @@ def _run_forward(
         return x, lambda cotangent: cotangent
     outputs, pull = jax.vjp(forward, x)
     return outputs, lambda cotangent: pull(cotangent)[0]
+
+
+def _pulled_together(pull: Callable[[PyTree], PyTree], stack: PyTree) -> PyTree:
+    """The pullback of every cotangent of a stack, at once."""
+    try:
+        return jax.vmap(pull)(stack)
+    except Exception as error:
+        error.add_note(
+            "This happened where the norms of the params' gradient vmap the backward of forward over the "
+            "terms. If forward's backward cannot be vmapped, use track_grad_norms=GradNorms(wrt='outputs'), "
+            "the norms of the outputs' gradient, which runs it once and plain; or let it be vmapped: a "
+            "jax.pure_callback in it takes vmap_method='sequential'."
+        )
+        raise
 
 
 def _term_gradients(
