@@ -96,9 +96,9 @@ def _stacked(
         if number is None and leaf.ndim > 2:
             raise ValueError(
                 f"{who}: at {at!r} is an array {leaf.shape}; say what its leading axes are: "
-                f"layers={{{at!r}: 1}} if the first one counts layers, each with a matrix of its own (as scan and vmap "
-                f"stack them); layers={{{at!r}: 0}} if it is one matrix, the last axis against all others (a kernel "
-                f"[h, w, in, out] of a convolution, [heads, in, out] of attention)"
+                f"layers={{{at!r}: 1}} if the first one counts layers, each with a matrix of its own (as "
+                f"scan and vmap stack them); layers={{{at!r}: 0}} if it is one matrix, the last axis against "
+                f"all others (a kernel [h, w, in, out] of a convolution, [heads, in, out] of attention)"
             )
         if number is not None and number > leaf.ndim:
             raise ValueError(

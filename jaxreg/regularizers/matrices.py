@@ -6,9 +6,9 @@ They live on the params of an objective with a ``forward``, without being told. 
 - ``layers``, which leading axes are layers: a model that runs its layers by ``scan`` (or was made by
   ``vmap``) keeps them in one array [L, in, out], which is L matrices. A number for all leaves, or a mapping
   from paths to numbers, ``layers={"blocks": 1}``; the first pattern that matches a leaf counts. With 0, the
-  last axis stands against all others: a convolution's kernel [h, w, in, out] is one matrix [h·w·in, out], and attention's
-  [heads, in, out] one [heads·in, out]. A leaf with three axes or more that nothing is said about is an error,
-  since it may be either.
+  last axis stands against all others: a convolution's kernel [h, w, in, out] is one matrix
+  [h·w·in, out], and attention's [heads, in, out] one [heads·in, out]. A leaf with
+  three axes or more that nothing is said about is an error, since it may be either.
 
 Matrices from 1e-18 to 1e18 are as good as those near 1. Complex ones have real norms, and the products of
 their rows take the conjugate.

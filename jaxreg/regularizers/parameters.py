@@ -3,7 +3,7 @@
 They live on the params of an objective with a ``forward``, without being told. All take ``params``, which
 leaves they touch: None for all, a shell pattern on the path (``"*/kernel"``), a leading part of it
 (``"head"``), a tuple of them, or a function of the path; one that matches nothing is an error that lists the
-paths. Of complex parameters they take the magnitude. Numbers from 1e-18 to 1e18 are as good as numbers near 1.
+paths. Of complex parameters they take the magnitude. Numbers from 1e-18 to 1e18 are as good as those near 1.
 """
 
 from __future__ import annotations
