@@ -28,7 +28,9 @@ def bind_terms(
         extra = _own_key(fn, key, name, who(name))
         if "state" in requested_arguments(fn):
             extra["state"] = own_state(state, name)
-        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, place == "params"))
+        # Without a model there is one space: x is the params, where a term says that it is on them.
+        on_params = place == "params" and plan.model is not None
+        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, on_params))
     return terms
 
 
@@ -54,8 +56,8 @@ def bind_forward(
         check_differentiable(
             outputs,
             "what forward returns",
-            "let forward return floating-point arrays only; for others, let it return (outputs, others) and "
-            "say compose(..., has_aux=True): they come back in out.aux",
+            "let forward return floating-point (or complex) arrays only; for others, let it return (outputs, "
+            "others) and say compose(..., has_aux=True): they come back in out.aux",
         )
         return outputs, jax.lax.stop_gradient(aux)
 
@@ -67,8 +69,8 @@ def check_argument(plan: Plan, x: PyTree) -> None:
     check_differentiable(
         x,
         "x" if plan.model is None else "params",
-        "differentiate floating-point arrays only, and put the others into the batch or close forward "
-        "over them (nnx.split(model, nnx.Param, ...), equinox.partition)",
+        "differentiate floating-point (or complex) arrays only, and put the others into the batch or close "
+        "forward over them (nnx.split(model, nnx.Param, ...), equinox.partition)",
     )
 
 
@@ -86,7 +88,7 @@ def check_differentiable(tree: PyTree, what: str, remedy: str) -> None:
                 f"{where} is no array but {type(leaf).__name__}; part the arrays from the rest first "
                 f"(nnx.split, equinox.partition) and put them together in forward"
             ) from None
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(f"{where} has dtype {dtype}, which has no gradient; {remedy}")
 
 

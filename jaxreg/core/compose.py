@@ -12,7 +12,7 @@ from jaxreg.base.types import Place, PyTree, TermFn
 from jaxreg.core.norms import GradNorms, as_grad_norms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.plan import Leaves, shared, who
-from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, split_arrays
+from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, own_place, split_arrays
 from jaxreg.core.weights import check_schedule, weight_leaf
 
 
@@ -37,8 +37,9 @@ def compose(
       regularizers: `RegularizerSpec`s, mappings with the keys ``fn``, ``weight`` and ``name``, or
         `jaxreg.host.HostRegularizer`s.
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
-        base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` the params. It
-        may take ``key`` by keyword, for dropout.
+        base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` (weight decay says
+        so by itself) the params. Without it they all get x, whatever that is. It may take ``key`` by
+        keyword, for dropout.
       has_aux: ``forward`` returns ``(outputs, aux)``, as `jax.grad` has it. What is no output (batch-norm
         statistics, counters, caches; leaves of any dtype) comes back in ``out.aux``, without a gradient.
       track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument
@@ -74,7 +75,7 @@ def compose(
     specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
     _check_names(specs)
     _check_reductions(loss_fn, specs)
-    _check_forward(forward, has_aux, specs)
+    _check_forward(forward, has_aux, loss_fn, specs)
     for spec in specs:
         if callable(spec.weight):
             check_schedule(spec.weight, spec.name)
@@ -89,7 +90,7 @@ def compose(
         parts.append(static)
         arrays.append(held)
     model, model_arrays = (None, ()) if forward is None else split_arrays(forward, "forward")
-    places: tuple[Place, ...] = ("outputs", *(spec.on for spec in specs))
+    places: tuple[Place, ...] = ("outputs", *(spec.on or "outputs" for spec in specs))
     schedules = (None, *(s.weight if callable(s.weight) else None for s in specs))
     leaves = Leaves(
         constants={s.name: weight_leaf(0.0 if callable(s.weight) else s.weight) for s in specs},
@@ -136,17 +137,25 @@ def _check_reductions(loss_fn: TermFn, specs: Sequence[RegularizerSpec]) -> None
         )
 
 
-def _check_forward(forward: object, has_aux: bool, specs: Sequence[RegularizerSpec]) -> None:
-    if forward is not None:
-        if not callable(forward):
-            raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")
-        check_term(forward, "forward")
-        return
-    if has_aux:
-        raise ValueError("has_aux=True says what forward returns; give compose the model, forward=apply_fn")
-    for spec in specs:
-        if spec.on == "params":
+def _check_forward(forward: object, has_aux: bool, loss_fn: TermFn, specs: Sequence[RegularizerSpec]) -> None:
+    if forward is None:
+        if has_aux:
             raise ValueError(
-                f"term {spec.name!r}: on='params' needs to know what is params and what outputs: "
-                f"give compose the model, forward=apply_fn"
+                "has_aux=True says what forward returns; give compose the model, forward=apply_fn"
             )
+        for spec in specs:
+            if spec.on == "params" and own_place(spec.fn) != "params":
+                raise ValueError(
+                    f"term {spec.name!r}: on='params' parts params from outputs, so it needs the model: "
+                    f"give compose forward=apply_fn; without it every term gets x; where x already is "
+                    f"the params, leave on= out"
+                )
+        return
+    if not callable(forward):
+        raise TypeError(f"forward is a function of (params, batch), got {type(forward).__name__}")
+    check_term(forward, "forward")
+    if own_place(loss_fn) == "params":
+        raise ValueError(
+            f"the base loss is of what forward gives, but {type(loss_fn).__name__} is a term on parameters: "
+            f"put it among the regularizers, or leave forward out"
+        )

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxreg.base.numbers import accumulation_dtype, safe_root, widened
+from jaxreg.base.norm import l2_norm
+from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.norms import GradNorms
@@ -116,10 +117,10 @@ def _norms_of_outputs(
     by_term: list[Array | None] = [None] * len(terms)
     by_datum: list[Array | None] = [None] * len(terms)
     for i in on_outputs:
-        square = _squares(jax.tree.leaves(gradients[i]), keep_leading=norms.per_datum)
-        by_term[i] = safe_root(jnp.sum(square))
-        by_datum[i] = safe_root(square) if norms.per_datum else None
-    total = safe_root(_squares(jax.tree.leaves(cotangent)))
+        of_rows = l2_norm(jax.tree.leaves(gradients[i]), keep_leading=norms.per_datum)
+        by_term[i] = l2_norm([of_rows]) if norms.per_datum else of_rows
+        by_datum[i] = of_rows if norms.per_datum else None
+    total = l2_norm(jax.tree.leaves(cotangent))
     return Pass(_total(terms, values), values, extras, aux, gradient, Norms(by_term, by_datum, total))
 
 
@@ -139,7 +140,7 @@ def _norms_of_params(
     # stack, and hold a transposed copy of it. It saved 15 to 20 % of temporary memory on two small
     # transformers with an untied head, and made no difference on the benchmark's, whose head is tied.
     stack = jax.lax.optimization_barrier(stack)
-    stacked = jax.vmap(pull)(stack)
+    stacked = _pulled_together(pull, stack)
     pulled = {i: jax.tree.map(lambda g, k=k: g[k], stacked) for k, i in enumerate(on_outputs)}
     gradient = _weighted_sum(terms, pulled, on_outputs, params)
     if not all(chosen):
@@ -149,11 +150,11 @@ def _norms_of_params(
         gradient = _merge(chosen, gradient, rest)
     gradient = _with_params_terms(gradient, terms, gradients)
 
-    stacked_squares = _squares(_pick(stacked, chosen), keep_leading=True)
-    squares = {i: stacked_squares[k] for k, i in enumerate(on_outputs)}
-    squares |= {i: _squares(_pick(gradients[i], chosen)) for i, term in enumerate(terms) if term.on_params}
-    by_term: list[Array | None] = [safe_root(squares[i]) for i in range(len(terms))]
-    total = safe_root(_squares(_pick(gradient, chosen)))
+    of_stack = l2_norm(_pick(stacked, chosen), keep_leading=True)
+    found = {i: of_stack[k] for k, i in enumerate(on_outputs)}
+    found |= {i: l2_norm(_pick(gradients[i], chosen)) for i, term in enumerate(terms) if term.on_params}
+    by_term: list[Array | None] = [found[i] for i in range(len(terms))]
+    total = l2_norm(_pick(gradient, chosen))
     none: list[Array | None] = [None] * len(terms)
     return Pass(_total(terms, values), values, extras, aux, gradient, Norms(by_term, none, total))
 
@@ -170,6 +171,20 @@ def _run_forward(forward: Forward | None, x: PyTree) -> tuple[PyTree, PyTree, Ca
         return x, None, lambda cotangent: cotangent
     outputs, pull, aux = jax.vjp(forward, x, has_aux=True)
     return outputs, aux, lambda cotangent: pull(cotangent)[0]
+
+
+def _pulled_together(pull: Callable[[PyTree], PyTree], stack: PyTree) -> PyTree:
+    """The pullback of every cotangent of a stack, at once."""
+    try:
+        return jax.vmap(pull)(stack)
+    except Exception as error:
+        error.add_note(
+            "This happened where the norms of the params' gradient vmap the backward of forward over the "
+            "terms. If forward's backward cannot be vmapped, use track_grad_norms=GradNorms(wrt='outputs'), "
+            "the norms of the outputs' gradient, which runs it once and plain; or let it be vmapped: a "
+            "jax.pure_callback in it takes vmap_method='sequential'."
+        )
+        raise
 
 
 def _term_gradients(
@@ -221,17 +236,6 @@ def _merge(chosen: Sequence[bool], a: PyTree, b: PyTree) -> PyTree:
     """The leaves of a that are chosen, and the others of b."""
     pairs = zip(chosen, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.unflatten(jax.tree.structure(a), [x if yes else y for yes, x, y in pairs])
-
-
-def _squares(leaves: Sequence[Array], *, keep_leading: bool = False) -> Array:
-    """Sum of squares over all leaves: a scalar, or [N] where the leaves are [N, ...]."""
-    sums = []
-    for leaf in leaves:
-        square = jnp.square(widened(leaf))
-        if square.ndim > 1 + keep_leading:
-            square = jnp.sum(square, axis=-1)  # By rows first: CPUs share rows out to their cores.
-        sums.append(jnp.sum(square, axis=tuple(range(int(keep_leading), square.ndim))))
-    return sum(sums[1:], start=sums[0])
 
 
 def _check_rows(outputs: PyTree) -> None:

@@ -11,6 +11,9 @@ It may ask for more with keyword-only arguments of these names, and gets nothing
 - ``state``: its own state from the last step. Such a term is an object with an ``init()`` method that
   gives the first state, and returns ``(value, metrics, next_state)``.
 
+A term that is meaningful on parameters only (weight decay) says so with an attribute ``place = "params"``,
+which is then the default of its spec's ``on``.
+
 A term that holds arrays (a starting point, a Fisher diagonal) is a registered pytree: its arrays then
 travel with the objective as arguments of the compiled program and are never baked into it.
 """
@@ -50,7 +53,9 @@ class RegularizerSpec:
         Where a schedule goes below 0 by more than rounding (1e-6), the term's weight is NaN, and the
         output names it among what is not finite.
       on: what ``x`` is, when the objective has a ``forward``: what the model produced
-        (``"outputs"``) or what the optimizer moves (``"params"``).
+        (``"outputs"``) or what the optimizer moves (``"params"``). **None**: the term's own place, which is
+        ``"params"`` for those on parameters (`WeightL2`, ...), else ``"outputs"``. Without ``forward`` every
+        term gets x, and only terms on parameters may say ``"params"``.
 
     Raises:
       TypeError, ValueError: naming the term, when any of these is not so.
@@ -65,15 +70,22 @@ class RegularizerSpec:
     name: str
     fn: TermFn
     weight: ArrayLike | Schedule
-    on: Place = "outputs"
+    on: Place | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_term(self.fn, f"term {self.name!r}")
         if not callable(self.weight):
             check_weight(self.weight, self.name)
-        if self.on not in ("outputs", "params"):
+        if self.on not in (None, "outputs", "params"):
             raise ValueError(f"term {self.name!r}: on must be 'outputs' or 'params', got {self.on!r}")
+        own = own_place(self.fn)
+        if self.on == "outputs" and own == "params":
+            raise ValueError(
+                f"term {self.name!r}: {type(self.fn).__name__} is a term on parameters and means nothing "
+                f"on outputs: leave on= out, or say on='params'; outputs have their own (L1, L2, ...)"
+            )
+        object.__setattr__(self, "on", self.on or own)
 
 
 class MakesSpec(Protocol):
@@ -182,6 +194,11 @@ def check_term(fn: object, who: str) -> None:
             f"{who}: fn asks for state, so it must be an object with an init() method that gives the "
             f"first state"
         )
+
+
+def own_place(fn: object) -> Place:
+    """Where a term says that it belongs: its attribute ``place``, **"outputs"** where it has none."""
+    return "params" if getattr(fn, "place", None) == "params" else "outputs"
 
 
 def requested_arguments(fn: TermFn) -> tuple[str, ...]:

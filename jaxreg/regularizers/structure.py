@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg.base.numbers import safe_root, widened
+from jaxreg.base.numbers import magnitude, safe_root, squared, widened
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import as_token_batch
 from jaxreg.terms.masked import (
@@ -83,7 +83,7 @@ class Consistency:
 class Orthogonality:
     """How far rows are from orthonormal (Brock et al. 2017; Bansal et al. 2018).
 
-    With rows normalised (norms floored at 1e-8) and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
+    With rows normalised and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
     ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. Of x [N, D], the matrix itself; of x [B, T, D], each
     datum's real tokens are a matrix, and the mean is taken over datums.
 
@@ -266,27 +266,28 @@ def gram_distance(matrix: Array, mode: str, axis: str) -> tuple[Array, Array]:
     Zero rows (padding) count as absent: they add nothing on or off the diagonal.
     """
     rows = matrix if axis == "rows" else matrix.T
-    square = jnp.sum(jnp.square(rows), axis=1, keepdims=True)
-    unit = rows / jnp.maximum(safe_root(square), 1e-8)
-    gram = jnp.matmul(unit, unit.T, precision="highest")
-    eye = jnp.eye(len(rows), dtype=gram.dtype)
+    scaled = rows / magnitude(rows, axis=1)  # its squares neither overflow nor vanish
+    square = jnp.sum(squared(scaled), axis=1, keepdims=True)
+    unit = scaled / jnp.sqrt(jnp.where(square == 0, jnp.ones_like(square), square))
+    gram = jnp.matmul(unit, unit.conj().T, precision="highest")
+    eye = jnp.eye(len(rows), dtype=square.dtype)
     off = gram * (1 - eye)
     if mode == "soft":
-        value = jnp.sum(jnp.square(off))
+        value = jnp.sum(squared(off))
     else:
         away = gram - eye * (square > 0)
-        value = jnp.sum(jnp.square(away)) if mode == "hard" else spectral_radius(away)
+        value = jnp.sum(squared(away)) if mode == "hard" else spectral_radius(away)
     return value, jnp.max(jnp.abs(off))
 
 
 def spectral_radius(symmetric: Array) -> Array:
-    """Largest |eigenvalue| of a symmetric matrix; where two are as large, the gradient is of one of them."""
+    """Largest |eigenvalue| of a Hermitian matrix; where two are as large, the gradient is of one of them."""
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(symmetric))
     at = jnp.argmax(jnp.abs(values))
     vector = vectors[:, at]
     # The derivative of a simple eigenvalue is v vᵀ: so it needs no derivative of eigh, which is NaN
     # where eigenvalues are equal, as they are at an orthonormal matrix.
-    value = vector @ jnp.matmul(symmetric, vector, precision="highest")
+    value = jnp.real(vector.conj() @ jnp.matmul(symmetric, vector, precision="highest"))
     return jnp.sign(jax.lax.stop_gradient(value)) * value
 
 
