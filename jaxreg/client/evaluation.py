@@ -59,7 +59,7 @@ class Evaluation:
         self._times: dict[str, float] = {}
         self._began = time.perf_counter()
         self._over = threading.Lock()  # taken by whoever tells the end of it, once
-        check_groups(self._compiled, len(data))
+        check_groups(self._compiled, batch, len(data))
         dry_run(self._compiled, batch, like, state, key)
 
     def begin(self) -> None:

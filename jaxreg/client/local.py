@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.buckets import coarse_length, coarse_rows
 from jaxreg.batch.packing import pad
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client.errors import NonFiniteGradient
@@ -92,14 +93,28 @@ def _is_hashable(value: object) -> bool:
     return True
 
 
-def check_groups(objective: CompositeLoss, datums: int) -> None:
-    """Refuse datums that do not come in the groups that a term wants, such as pairs."""
+def packed(rows: Sequence[Any]) -> TokenBatch:
+    """The datums as a batch of one of a few sizes: the model runs elsewhere, so padding is cheap here."""
+    return TokenBatch.pack(rows, length_buckets=coarse_length, row_buckets=coarse_rows)
+
+
+def check_groups(objective: CompositeLoss, batch: TokenBatch, datums: int) -> None:
+    """Refuse datums that do not come in the groups that a term wants, such as pairs, or only half of one."""
+    counts = np.asarray(batch.counted).any(axis=1)[:datums]
     for name, fn in zip(objective.plan.names, objective.plan.fns(objective.leaves), strict=True):
         group = getattr(fn, "rows_together", 1)
         if datums % group:
             raise ValueError(
                 f"{who(name)}: {type(fn).__name__} takes datums in groups of {group} (chosen, rejected, "
                 f"chosen, ...); got {datums} datums"
+            )
+        groups = counts.reshape(-1, group)
+        if (torn := groups.any(axis=1) & ~groups.all(axis=1)).any():
+            first = int(np.argmax(torn)) * group
+            raise ValueError(
+                f"{who(name)}: {type(fn).__name__} takes datums in groups of {group}, but of the datums "
+                f"{first} … {first + group - 1} only some have a token that counts (not masked, and of a "
+                f"weight that is not 0); leave the group out"
             )
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from jaxreg.base.arrays import to_numpy
 from jaxreg.base.events import emit
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.values import HIGHEST
 from jaxreg.client import wire
 from jaxreg.client.errors import LogprobDrift
 from jaxreg.client.evaluation import Evaluation
-from jaxreg.client.local import drift_between
+from jaxreg.client.local import drift_between, packed
 from jaxreg.client.requests import LOSS, submit
 from jaxreg.client.slots import Slots
 from jaxreg.client.types import CustomResult, Drift
@@ -55,9 +55,13 @@ class Task:
         self._rows = rows = wire.read(data)
         self.data = list(data)  # the caller may go on with theirs
         self.targets = [row[wire.TARGETS] for row in rows]
-        self.batch = TokenBatch.pack(rows)
+        self.batch = packed(rows)
         self.slots = Slots(self.targets, top_k == "unrolled")
-        self.logprobs = None if logprobs is None else _given(logprobs, self.targets)
+        self.logprobs = (
+            None
+            if logprobs is None
+            else _given(logprobs, self.targets, self.batch.unpack(self.batch.counted))
+        )
         self._lock = threading.Lock()
         self._phase: Literal["before", "sending", "cancelled"] = "before"
         self._evaluation = Evaluation(objective, self.data, self.batch, self.targets, state, key, self.step)
@@ -129,17 +133,21 @@ class Task:
             warnings.warn(what, stacklevel=5)
 
 
-def _given(logprobs: Sequence[Any], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _given(
+    logprobs: Sequence[Any], targets: Sequence[np.ndarray], counted: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """One float32 array a datum; a placeholder at a token that does not count becomes 0."""
     if len(logprobs) != len(targets):
         raise ValueError(f"logprobs= has {len(logprobs)} arrays for {len(targets)} datums")
     arrays = []
-    for i, (given, target) in enumerate(zip(logprobs, targets, strict=True)):
+    for i, (given, target, counts) in enumerate(zip(logprobs, targets, counted, strict=True)):
         array = to_numpy(given).astype(np.float32)
         if array.shape != target.shape:
             raise ValueError(
                 f"logprobs=, datum {i}: has shape {array.shape}, but {wire.TARGETS!r} has {target.shape}"
             )
-        if not np.isfinite(array).all() or (array.size and array.max() > 1e-3):
+        wrong = ~np.isfinite(array) | (array > HIGHEST)
+        if wrong[counts].any():
             raise ValueError(f"logprobs=, datum {i}: logprobs are finite and ≤ 0")
-        arrays.append(array)
+        arrays.append(np.where(wrong, np.float32(0), array) if wrong.any() else array)
     return arrays

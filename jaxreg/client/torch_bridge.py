@@ -10,10 +10,9 @@ import numpy as np
 
 from jaxreg.base.arrays import to_numpy
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client import wire
 from jaxreg.client.evaluation import Evaluation, telling_of_failure
-from jaxreg.client.local import Regularizers, as_objective
+from jaxreg.client.local import Regularizers, as_objective, packed
 from jaxreg.core.norms import GradNorms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.output import CustomLossOutput
@@ -62,7 +61,7 @@ class CustomLoss:
             targets = [row[wire.TARGETS] for row in rows]
             _check_logprobs(arrays, targets)
             key = None if self._key is None else jax.random.fold_in(self._key, self._calls)
-            batch = TokenBatch.pack(rows)
+            batch = packed(rows)
             evaluation = Evaluation(self._objective, data, batch, targets, self.state, key, self._calls)
         evaluation.begin()
         try:
