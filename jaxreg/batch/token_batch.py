@@ -174,23 +174,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
           >>> left.lengths.tolist(), left.unpack(jnp.array([[7, 8, 9]]))
           ([2], [array([8, 9], dtype=int32)])
         """
-        given = {name: jnp.asarray(array) for name, array in arrays.items()}
-        shapes = [jnp.shape(a)[:2] for a in (mask, weights) if a is not None]
-        shapes += [a.shape[:2] for a in given.values() if a.ndim > 1]
-        if not shapes:
-            raise ValueError("TokenBatch.from_arrays needs an array of shape [B, T, ...]")
-        shape = shapes[0]
-        if len(shape) != 2 or _misfits(given, shape) or any(s != shape for s in shapes):
-            raise ValueError(
-                f"TokenBatch.from_arrays: all arrays are [B, T, ...] or [B] with one B and T; "
-                f"got { ({n: a.shape for n, a in given.items()}) }, mask "
-                f"{None if mask is None else jnp.shape(mask)}, weights "
-                f"{None if weights is None else jnp.shape(weights)}"
-            )
-        real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
-        held = token_weights(None if weights is None else jnp.asarray(weights), real)
-        refuse_probabilities(given, real, held, "TokenBatch.from_arrays")
-        return cls(real, held, jnp.sum(real, axis=1, dtype=jnp.int32), given)
+        return _of_arrays(mask, weights, arrays, "TokenBatch.from_arrays")
 
     def with_arrays(self, **arrays: ArrayLike) -> TokenBatch:
         """The batch with more arrays, or others of the same names; all else stays: mask, weights, pairs.
@@ -271,6 +255,28 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         return places(np.asarray(self.mask if self.present is None else self.present))
 
 
+def _of_arrays(
+    mask: ArrayLike | None, weights: ArrayLike | None, arrays: Mapping[str, ArrayLike], who: str
+) -> TokenBatch:
+    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    shapes = [jnp.shape(a)[:2] for a in (mask, weights) if a is not None]
+    shapes += [a.shape[:2] for a in given.values() if a.ndim > 1]
+    if not shapes:
+        raise ValueError(f"{who} needs an array of shape [B, T, ...]")
+    shape = shapes[0]
+    if len(shape) != 2 or _misfits(given, shape) or any(s != shape for s in shapes):
+        raise ValueError(
+            f"{who}: all arrays are [B, T, ...] or [B] with one B and T; "
+            f"got { ({n: a.shape for n, a in given.items()}) }, mask "
+            f"{None if mask is None else jnp.shape(mask)}, weights "
+            f"{None if weights is None else jnp.shape(weights)}"
+        )
+    real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+    held = token_weights(None if weights is None else jnp.asarray(weights), real)
+    refuse_probabilities(given, real, held, who)
+    return TokenBatch(real, held, jnp.sum(real, axis=1, dtype=jnp.int32), given)
+
+
 def _misfits(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes that are neither [B, T, ...] nor [B]."""
     return {n: a.shape for n, a in arrays.items() if a.ndim == 0 or a.shape[:2] != shape[: a.ndim]}
@@ -287,10 +293,8 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
         if jnp.ndim(like) < 2:
             raise ValueError(f"{who}: expected token data of shape [B, T, ...], got {jnp.shape(like)}")
         given = dict(batch or {})
-        mask = given.pop("mask", None)
-        if mask is None:
-            mask = jnp.ones(jnp.shape(like)[:2], bool)
-        return TokenBatch.from_arrays(mask=mask, **given)
+        mask, weights = given.pop("mask", None), given.pop("weights", None)
+        return _of_arrays(jnp.ones(jnp.shape(like)[:2], bool) if mask is None else mask, weights, given, who)
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )

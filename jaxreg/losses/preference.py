@@ -31,8 +31,8 @@ class DPO:
     with ε > 0, conservative DPO, Mitchell 2023), or, as ``"ipo"``, of ``(h − 1/(2β))²`` (Azar et al. 2024).
     ``Δ = Σ w·(lp − ref)`` over a row's tokens.
 
-    `TokenBatch.pack_pairs` puts rows in this order. All chosen rows first and then all rejected ones, as other
-    libraries concatenate them, would be other pairs; of such arrays [N, T] make these rows with
+    `TokenBatch.pack_pairs` puts rows in this order. All chosen rows first and then all rejected ones, as
+    other libraries concatenate them, would be other pairs; of such arrays [N, T] make these rows with
     ``jnp.stack([chosen, rejected], 1).reshape(2 * N, T)``.
 
     Args:

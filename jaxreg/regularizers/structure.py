@@ -82,8 +82,8 @@ class Orthogonality:
     """How far rows are from orthonormal (Brock et al. 2017; Bansal et al. 2018).
 
     With rows normalised, whatever their scale, and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
-    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. A zero row counts as absent. Of x [N, D], the matrix itself;
-    of x [B, T, D], each datum's tokens that count are a matrix, and the mean is taken over datums.
+    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. A zero row counts as absent. Of x [N, D], the matrix
+    itself; of x [B, T, D], each datum's tokens that count are a matrix, and the mean is taken over datums.
 
     Args:
       mode: see above.
