@@ -116,7 +116,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     reference = whole.unpack(jax.jit(logprobs)(start, whole))
     order = rng.permutation(len(rows) // 2)
     paired = [[rows[2 * i + j] | {"ref_logprobs": reference[2 * i + j]} for j in (0, 1)] for i in order]
-    batches = [jr.TokenBatch.pack([*itertools.chain(*paired[i : i + 8])]) for i in range(0, len(paired), 8)]
+    batches = [
+        jr.TokenBatch.pack_pairs(*zip(*paired[i : i + 8], strict=True)) for i in range(0, len(paired), 8)
+    ]
 
     print("preference stage")
     tuned = train(preference_objective(), start, batches, options.steps, max(1, options.steps // 6))

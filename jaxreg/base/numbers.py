@@ -42,7 +42,7 @@ def magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     What is divided by it keeps every digit and may be squared: its largest number is within ½ … 4. It has no
     gradient, so that a function of degree 1, ``m·f(x / m)``, keeps its own.
     """
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis, keepdims=True)
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis, keepdims=True, initial=0.0)
     limit = jnp.finfo(largest.dtype).maxexp - 2  # the inverse is no subnormal number either
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, jnp.zeros_like(largest)))
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))

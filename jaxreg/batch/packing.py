@@ -4,55 +4,65 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.base.arrays import array_of
-
-SHORTEST, FEWEST_ROWS = 128, 4
-
-
-def next_length(n: int) -> int:
-    """The smallest power of two ≥ n, and ≥ 128."""
-    return max(SHORTEST, 1 << (n - 1).bit_length())
+from jaxreg.batch.buckets import padded
+from jaxreg.batch.counting import counted, token_weights
+from jaxreg.batch.values import cleaned
 
 
-def next_rows(n: int) -> int:
-    """The smallest power of four ≥ n, and ≥ 4: few programs, and always even."""
-    rows = FEWEST_ROWS
-    while rows < n:
-        rows *= 4
-    return rows
+class Packed(NamedTuple):
+    """Rectangular arrays, in the order of `TokenBatch`'s fields."""
+
+    mask: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+    arrays: dict[str, np.ndarray]
+    present: np.ndarray | None
 
 
 def pack_arrays(
     data: Sequence[Any], bucket_length: Callable[[int], int], bucket_rows: Callable[[int], int]
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Arrays by name [B, T, ...] or [B], lengths [B] and mask [B, T], padded with zeros."""
+) -> Packed:
+    """What the datums hold as arrays [B, T, ...] or [B], padded with zeros."""
     if isinstance(data, Mapping | str) or not isinstance(data, Sequence):
         raise TypeError(f"pack takes a sequence of datums, got {type(data).__name__}")
     if not data:
         raise ValueError("pack got no data; a batch has at least one datum")
     columns = _columns([_inputs(datum, i) for i, datum in enumerate(data)])
     sizes = _sizes(columns)
-    length, rows = _padded(bucket_length, max(sizes)), _padded(bucket_rows, len(sizes))
+    length, rows = padded(bucket_length, max(sizes)), padded(bucket_rows, len(sizes))
 
     lengths = np.zeros(rows, np.int32)
     lengths[: len(sizes)] = sizes
-    mask = np.arange(length) < lengths[:, None]
-    arrays = {}
-    for name, column in columns.items():
-        array = pad(column, rows, length)
-        _check_values(array, column, name)
-        arrays[name] = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-    if "mask" in arrays:
-        if arrays["mask"].shape != mask.shape:
-            raise ValueError("'mask' has one truth value a token: give it the shape [T]")
-        mask &= arrays.pop("mask").astype(bool)
-    return arrays, lengths, mask
+    present = np.arange(length) < lengths[:, None]
+    arrays = {name: pad(column, rows, length) for name, column in columns.items()}
+    # What says whether a token counts is checked everywhere; everything else, where it counts.
+    own_mask, own_weights = (
+        _as_jax(cleaned(arrays.pop(name), None, name)) if name in arrays else None
+        for name in ("mask", "weights")
+    )
+    mask = present if own_mask is None else present & _truth(own_mask, present.shape)
+    weights = token_weights(own_weights, mask, np)
+    for name, array in arrays.items():
+        arrays[name] = _as_jax(cleaned(array, counted(mask, weights, array.shape, np), name))
+    return Packed(mask, weights, lengths, arrays, None if own_mask is None else present)
+
+
+def _as_jax(array: np.ndarray) -> np.ndarray:
+    """In the dtype that JAX would make of it."""
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+def _truth(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if mask.shape != shape:
+        raise ValueError("'mask' has one truth value a token: give it the shape [T]")
+    return mask.astype(bool)
 
 
 def pad(column: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
@@ -120,29 +130,6 @@ def _sizes(columns: Mapping[str, list[np.ndarray]]) -> list[int]:
     return first
 
 
-def _check_values(padded: np.ndarray, column: Sequence[np.ndarray], name: str) -> None:
-    """Look at all numbers of a key at once, and for the datum only where something is wrong."""
-    if jnp.issubdtype(padded.dtype, jnp.floating):
-        numbers = padded if padded.dtype.kind == "f" else padded.astype(np.float32)
-        if np.isnan(numbers).any():
-            i, *at = np.argwhere(np.isnan(numbers))[0].tolist()
-            raise ValueError(f"datum {i}, {name!r}: NaN at {at if at else 'its only value'}")
-        if name.endswith("logprobs") and numbers.max() > 1e-3:
-            i = next(i for i, values in enumerate(column) if values.size and values.max() > 1e-3)
-            raise ValueError(
-                f"datum {i}, {name!r}: logprobs are ≤ 0, but it holds {float(column[i].max()):.4g}; if these "
-                f"are probabilities, take their logarithm"
-            )
-    elif padded.dtype.kind in "iu":
-        limits = np.iinfo(jax.dtypes.canonicalize_dtype(padded.dtype))
-        outside = (padded < limits.min) | (padded > limits.max)
-        if outside.any():
-            i = np.argwhere(outside)[0][0]
-            raise ValueError(
-                f"datum {i}, {name!r}: holds integers outside of {limits.dtype}, the widest JAX has now"
-            )
-
-
 def _complain_of_keys(rows: list[Mapping[str, Any]]) -> None:
     holder = {name: i for i, row in reversed(list(enumerate(rows))) for name in row}
     for i, row in enumerate(rows):
@@ -166,10 +153,3 @@ def _complain_of_shapes(column: list[np.ndarray], name: str) -> None:
                 f"datum {i}, {name!r}: has shape {array.shape} where datum 0 has {first.shape}; only "
                 f"the first axis, tokens, may differ"
             )
-
-
-def _padded(bucket: Callable[[int], int], n: int) -> int:
-    size = bucket(n)
-    if size < n:
-        raise ValueError(f"a bucket of {size} does not hold {n}")
-    return size

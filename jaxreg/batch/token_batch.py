@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array, ArrayLike
-from jaxreg.batch.packing import next_length, next_rows, pack_arrays
+from jaxreg.batch.buckets import Buckets, bucket_function, close_length, close_rows
+from jaxreg.batch.counting import token_weights
+from jaxreg.batch.packing import pack_arrays
+from jaxreg.batch.pairs import pair_numbers
+from jaxreg.batch.ragged import gather, places, scatter
+from jaxreg.batch.reductions import Reductions
+from jaxreg.batch.values import refuse_probabilities
 
-Buckets: TypeAlias = Sequence[int] | Callable[[int], int]
+_OWN = ("mask", "weights")  # fields that are arrays of the mapping, too
+_FIELDS = (*_OWN, "lengths", "present", "pairs")
 
 
 @flax.struct.dataclass(eq=False)
-class TokenBatch(Mapping[str, Array]):
+class TokenBatch(Reductions, Mapping[str, Array]):
     """A batch of B datums of up to T tokens: a pytree, and a mapping from name to array.
 
     Attributes:
-      mask: bool [B, T], the real tokens. A padded row is masked whole.
+      mask: bool [B, T], the real tokens, a prompt's among them. A padded row is masked whole. Tokens
+        need not stand first: padding on the left and holes are as good.
       weights: [B, T] or [B, T, K], how much each token counts: the data's own ``weights``, or the
         mask. Always 0 where the mask is False.
-      lengths: int [B], tokens of each datum; 0 for a padded row.
+      lengths: int [B], how many tokens each datum has, which is how many `unpack` gives back; 0 for a
+        padded row.
       arrays: every other array by its name: [B, T], [B, T, K], or [B] for a scalar a datum.
+      present: bool [B, T], the tokens that are the datum's own, where it came with a ``mask`` of its own,
+        which takes tokens out of everything but leaves them the datum's; else None, and they are the
+        mask's.
+      pairs: int [B], where `pack_pairs` made the batch: k for the chosen and −k for the rejected answer
+        of pair k, 0 for a padded row; else None. Losses on pairs refuse rows that it does not call pairs.
 
-    Make one with `pack` (ragged data) or `from_arrays` (rectangular arrays).
+    Make one with `pack` (ragged data), `pack_pairs`, or `from_arrays` (rectangular arrays).
 
-    The reductions count each token with ``weights``, or with the ``weights=`` given to them
-    (``weights=batch.mask`` for every real token alike). They take [B] (one number a datum), [B, T],
-    or [B, T, K], accumulate in float32, ignore whatever stands where the weight is 0, be it NaN, and
-    send exactly no gradient there. With no weight at all they give 0.
+    The mapping holds ``mask`` and ``weights`` too, so ``{**batch, "extra": array}`` is the same data.
+
+    **What counts.** A token whose weight is 0 is context, no part of the answer; a datum without a token
+    of another weight is as if it were not there. The reductions count each token with ``weights``, or
+    with the ``weights=`` given to them (``weights=batch.mask`` for every real token alike). They take [B]
+    (one number a datum: those of datums that count, alike), [B, T], or [B, T, K], accumulate in float32,
+    ignore whatever stands where the weight is 0, be it NaN, and send exactly no gradient there. With no
+    weight at all they give 0.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -42,7 +59,7 @@ class TokenBatch(Mapping[str, Array]):
       ...     {"logprobs": [-4.0], "weights": [1.0], "reward": 0.5},
       ... ])
       >>> batch.mask.shape, batch["reward"].tolist()
-      ((4, 128), [1.0, 0.5, 0.0, 0.0])
+      ((2, 8), [1.0, 0.5])
       >>> batch.mean(batch["logprobs"]).item(), batch.datum_mean(batch["logprobs"]).item()
       (-3.0, -3.25)
       >>> batch.unpack(batch["logprobs"])
@@ -53,14 +70,16 @@ class TokenBatch(Mapping[str, Array]):
     weights: Array
     lengths: Array
     arrays: dict[str, Array] = flax.struct.field(default_factory=dict)
+    present: Array | None = None
+    pairs: Array | None = None
 
     @classmethod
     def pack(
         cls,
         data: Sequence[Any],
         *,
-        length_buckets: Buckets = next_length,
-        row_buckets: Buckets = next_rows,
+        length_buckets: Buckets = close_length,
+        row_buckets: Buckets = close_rows,
     ) -> TokenBatch:
         """Pack ragged datums into one padded, masked batch of NumPy arrays.
 
@@ -68,27 +87,67 @@ class TokenBatch(Mapping[str, Array]):
           data: mappings from name to an array of shape [T] or [T, K] or a scalar (T may differ from
             datum to datum), or objects with such a mapping as ``loss_fn_inputs``, like the Tinker
             API's datums. Two names have a meaning: ``weights`` ([T] or [T, K], a token's weight) and
-            ``mask`` ([T], False takes a token out of everything).
+            ``mask`` ([T], False takes a token out of everything, but it stays the datum's: `unpack`
+            gives it back).
           length_buckets: sizes that T is padded to (increasing), or a function from the longest
-            length to the padded one. Default: powers of two from 128.
-          row_buckets: the same for B. Default: powers of four from 4, always even, so that pairs stay
-            pairs.
+            length to the padded one. Default: 8, 10, 12, 14, 16, then four sizes a doubling.
+          row_buckets: the same for B. Default: the next even number up to 16, then eight sizes a
+            doubling; always even, so that pairs stay pairs.
 
-        Returns:
-          A `TokenBatch`. Every size that is not seen before compiles a program; the default buckets
-          make at most 12 of them up to 64 datums of 1024 tokens.
+        Every size that is not seen before compiles a program, and every padded token is computed. With
+        the defaults less than a fifth of the padded length (from 8 tokens on) and a ninth of the padded
+        rows (from 8 rows on) is padding, and batches of one number of rows compile at most 29 programs
+        for all lengths up to 1024, 4 more for each doubling; all numbers of rows up to 64 come to 24
+        sizes. Say ``length_buckets=[512, 1024]`` for fewer.
+
+        What a token of weight 0, or one that is masked, holds is not looked at: NaN, a positive logprob
+        or another placeholder may stand there, and becomes 0.
 
         Raises:
           ValueError, TypeError: no data, a datum without tokens, arrays of unequal length within a
-            datum, a key that is missing somewhere, NaN, an array that is not numeric: with the
-            datum and the key.
+            datum, a key that is missing somewhere, NaN, a positive logprob, an array that is not
+            numeric: with the datum and the key.
         """
-        arrays, lengths, mask = pack_arrays(
-            data, _bucket(length_buckets, "length"), _bucket(row_buckets, "row")
+        packed = pack_arrays(
+            data, bucket_function(length_buckets, "length"), bucket_function(row_buckets, "row")
         )
-        weights = _token_weights(arrays.pop("weights", None), mask, np)
         # NumPy arrays: whoever calls the compiled program decides where they go.
-        return cls(*cast(Any, (mask, weights, lengths, arrays)))
+        return cls(*cast(Any, packed))
+
+    @classmethod
+    def pack_pairs(
+        cls,
+        chosen: Sequence[Any],
+        rejected: Sequence[Any],
+        *,
+        length_buckets: Buckets = close_length,
+        row_buckets: Buckets = close_rows,
+    ) -> TokenBatch:
+        """Pack pairs of answers as the losses on pairs want them: rows alternate, chosen and rejected.
+
+        The batch remembers which rows are pairs, so that `losses.DPO` and `losses.SimPO` refuse it once its
+        rows were reordered, or some left out, such that they are pairs no more.
+
+        Args:
+          chosen, rejected: as many datums each, as `pack` takes them; the i-th of both are a pair.
+          length_buckets, row_buckets: as for `pack`.
+
+        Raises:
+          ValueError, TypeError: as `pack`; they differ in number; or of a pair only one answer has a
+            token that counts.
+
+        Example:
+          >>> import jaxreg as jr
+          >>> liked, disliked = [{"ref": [-1.0]}, {"ref": [-2.0]}], [{"ref": [-3.0]}, {"ref": [-4.0]}]
+          >>> batch = jr.TokenBatch.pack_pairs(liked, disliked)
+          >>> batch["ref"][:, 0].tolist(), batch.pairs.tolist()
+          ([-1.0, -3.0, -2.0, -4.0], [1, -1, 2, -2])
+        """
+        if len(chosen) != len(rejected):
+            raise ValueError(f"pack_pairs got {len(chosen)} chosen and {len(rejected)} rejected datums")
+        data = [datum for pair in zip(chosen, rejected, strict=True) for datum in pair]
+        batch = cls.pack(data, length_buckets=length_buckets, row_buckets=row_buckets)
+        return batch.replace(pairs=pair_numbers(np.asarray(batch.counted), len(data)))  # type: ignore[attr-defined]
 
     @classmethod
     def from_arrays(
@@ -97,175 +156,130 @@ class TokenBatch(Mapping[str, Array]):
         """Make a batch of arrays that are rectangular already; works inside jit.
 
         Args:
-          mask: bool [B, T], the real tokens; all by default. A row that is masked whole is padding,
-            and `unpack` leaves it out.
+          mask: bool [B, T], the real tokens; all by default. They may stand anywhere in their row. A row
+            that is masked whole is padding, and `unpack` leaves it out.
           weights: [B, T] or [B, T, K]; the mask by default.
           **arrays: [B, T, ...] or [B] by name.
+
+        Raises:
+          ValueError: arrays that do not fit together; a positive number that counts in an array whose
+            name says that it holds logprobs (of [B, T, V], which may be logits: no negative one beside it).
 
         Example:
           >>> import jax.numpy as jnp, jaxreg as jr
           >>> batch = jr.TokenBatch.from_arrays(tokens=jnp.zeros((2, 3), int))
           >>> batch.mask.shape, list(batch)
-          ((2, 3), ['tokens'])
+          ((2, 3), ['mask', 'weights', 'tokens'])
+          >>> left = jr.TokenBatch.from_arrays(mask=jnp.array([[False, True, True]]))
+          >>> left.lengths.tolist(), left.unpack(jnp.array([[7, 8, 9]]))
+          ([2], [array([8, 9], dtype=int32)])
         """
+        return _of_arrays(mask, weights, arrays, "TokenBatch.from_arrays")
+
+    def with_arrays(self, **arrays: ArrayLike) -> TokenBatch:
+        """The batch with more arrays, or others of the same names; all else stays: mask, weights, pairs.
+
+        Args:
+          **arrays: [B, T, ...] or [B] by name. What comes as one array a datum, `repack` first.
+
+        Raises:
+          ValueError: an array that does not fit, as `from_arrays` says, or the name of a field.
+
+        Example:
+          >>> import jaxreg as jr
+          >>> batch = jr.TokenBatch.pack([{"x": [1.0, 2.0]}, {"x": [3.0]}])
+          >>> more = batch.with_arrays(ref=batch.repack([[-1.0, -2.0], [-3.0]]), reward=[1.0, 0.0])
+          >>> list(more), more.lengths.tolist()
+          (['mask', 'weights', 'x', 'ref', 'reward'], [2, 1])
+        """
+        if fields := sorted(arrays.keys() & {*_FIELDS}):
+            raise ValueError(f"with_arrays: {fields[0]!r} is no array beside the others; say replace(...)")
         given = {name: jnp.asarray(array) for name, array in arrays.items()}
-        shapes = [jnp.shape(a)[:2] for a in (mask, weights) if a is not None]
-        shapes += [a.shape[:2] for a in given.values() if a.ndim > 1]
-        if not shapes:
-            raise ValueError("TokenBatch.from_arrays needs an array of shape [B, T, ...]")
-        shape = shapes[0]
-        bad = {n: a.shape for n, a in given.items() if a.ndim == 0 or a.shape[:2] != shape[: a.ndim]}
-        if len(shape) != 2 or bad or any(s != shape for s in shapes):
+        if bad := _misfits(given, self.shape):
             raise ValueError(
-                f"TokenBatch.from_arrays: all arrays are [B, T, ...] or [B] with one B and T; "
-                f"got { ({n: a.shape for n, a in given.items()}) }, mask "
-                f"{None if mask is None else jnp.shape(mask)}, weights "
-                f"{None if weights is None else jnp.shape(weights)}"
+                f"with_arrays: arrays are [B, T, ...] or [B] with (B, T) = {self.shape}; got {bad}"
             )
-        real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
-        lengths = jnp.max(jnp.where(real, jnp.arange(1, shape[1] + 1, dtype=jnp.int32), 0), axis=1)
-        held = None if weights is None else jnp.asarray(weights)
-        return cls(real, _token_weights(held, real, jnp), lengths, given)
+        refuse_probabilities(given, self.mask, self.weights, "with_arrays")
+        return self.replace(arrays={**self.arrays, **given})  # type: ignore[attr-defined, no-any-return]
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self.arrays:
-            hint = f"; say batch.{name}" if name in ("mask", "weights", "lengths") else ""
-            raise KeyError(f"the batch has no array {name!r}{hint}; it has {sorted(self.arrays)}")
-        return self.arrays[name]
+        if name in self.arrays:
+            return self.arrays[name]
+        if name in _OWN:
+            return cast(Array, getattr(self, name))
+        hint = f"; say batch.{name}" if name in _FIELDS else ""
+        raise KeyError(f"the batch has no array {name!r}{hint}; it has {sorted(self.arrays)}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
+        yield from _OWN
+        yield from self.arrays
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return len(_OWN) + len(self.arrays)
 
     def __bool__(self) -> bool:
         return True  # with a mask alone, too
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, T), padding included."""
-        rows, length = self.mask.shape
-        return rows, length
-
-    def where(self, values: Array, fill: ArrayLike = 0.0) -> Array:
-        """``values`` [B, T, ...] where tokens are real, ``fill`` elsewhere.
-
-        Put before a function that has no finite derivative at what padding may hold: the gradient
-        of a padded token is then exactly 0, and never 0 · ∞.
-        """
-        if jnp.shape(values)[:2] != self.shape:
-            raise ValueError(
-                f"where takes values [B, T, ...] with (B, T) = {self.shape}, got {jnp.shape(values)}"
-            )
-        mask = self.mask.reshape(self.mask.shape + (1,) * (jnp.ndim(values) - 2))
-        return jnp.where(mask, values, jnp.asarray(fill, jnp.result_type(values)))
-
-    def sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Σ weight·value over all tokens (``token_sum``): a scalar."""
-        weighted, _ = self._weighted(values, weights)
-        return jnp.sum(weighted)
-
-    def mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar."""
-        weighted, weight = self._weighted(values, weights)
-        return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
-
-    def datum_sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Σ weight·value over each datum's tokens: [B]."""
-        weighted, _ = self._weighted(values, weights)
-        return jnp.sum(weighted.reshape(weighted.shape[0], -1), axis=1)
-
-    def datum_means(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Each datum's own weighted mean: [B], 0 where a datum has no weight."""
-        weighted, weight = self._weighted(values, weights)
-        weighted, weight = (a.reshape(a.shape[0], -1) for a in (weighted, weight))
-        some = jnp.any(weight != 0, axis=1)
-        return _ratio(jnp.sum(weighted, axis=1), jnp.sum(weight, axis=1), some)
-
-    def datum_mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Mean over datums of each datum's own mean (``datum_mean``): a scalar.
-
-        Datums without any weight are not counted.
-        """
-        _, weight = self._weighted(values, weights)
-        counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
-        means = self.datum_means(values, weights=weights)
-        return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
-
     def unpack(self, array: ArrayLike) -> list[np.ndarray]:
         """Back to one NumPy array a datum, without padding: [B, T, ...] -> [T, ...], [B] -> scalar.
+
+        A datum's tokens are the real ones, wherever they stand, in their order; of a datum that came with
+        a ``mask`` of its own, all that it came with (``present``). A padded row is left out.
 
         Raises:
           ValueError: the array's leading axes are not this batch's.
         """
-        lengths, host = np.asarray(self.lengths), np.asarray(array)
+        host = np.asarray(array)
         if host.ndim == 0 or host.shape[:2] != self.shape[: host.ndim]:
             raise ValueError(
                 f"unpack takes an array of shape [B, T, ...] or [B] with (B, T) = {self.shape}, got "
                 f"{host.shape}"
             )
-        rows = [(i, n) for i, n in enumerate(lengths) if n]
-        return [host[i, :n] if host.ndim > 1 else host[i] for i, n in rows]
+        return gather(host, self._places())
 
-    def _weighted(self, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
-        """weight·value and the weight, both of the values' shape, in float32 or wider."""
-        values = jnp.asarray(values)
-        values = values.astype(accumulation_dtype(values.dtype))
-        if weights is None:
-            weight = self.weights if values.ndim > 1 else jnp.any(self.mask, axis=1)
-        else:
-            weight = jnp.asarray(weights)
-        if values.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
-            raise ValueError(
-                f"a reduction takes values of shape [B], [B, T] or [B, T, K] with (B, T) = "
-                f"{self.shape} and weights that fit, got {values.shape} with weights {weight.shape}"
-            )
-        if values.ndim > 1:
-            mask = self.mask.reshape(self.mask.shape + (1,) * (weight.ndim - 2))
-            weight = jnp.where(mask, weight, jnp.zeros_like(weight))
-        weight = weight.astype(values.dtype).reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
-        weight = jnp.broadcast_to(weight, values.shape)
-        return weight * jnp.where(weight != 0, values, jnp.zeros_like(values)), weight
+    def repack(self, arrays: Sequence[ArrayLike]) -> np.ndarray:
+        """One array a datum, as `unpack` gives them, to [B, T, ...], or [B] of scalars; 0 elsewhere.
+
+        Raises:
+          ValueError: not one array a datum, or one that is not as long as its datum.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr
+          >>> batch = jr.TokenBatch.from_arrays(mask=jnp.array([[False, True, True]]))
+          >>> batch.repack([[5, 6]]).tolist()
+          [[0, 5, 6]]
+        """
+        return scatter([np.asarray(values) for values in arrays], self._places(), self.shape)
+
+    def _places(self) -> list[tuple[int, slice | np.ndarray]]:
+        return places(np.asarray(self.mask if self.present is None else self.present))
 
 
-def _ratio(numerator: Array, denominator: Array, some: Array) -> Array:
-    """numerator / denominator, and 0 with a gradient of 0 where there is nothing to average.
-
-    Weights of both signs that sum to 0 are something: their mean does not exist, and is not hidden.
-    """
-    safe = jnp.where(some, denominator, jnp.ones_like(denominator))
-    return jnp.where(some, numerator / safe, jnp.zeros_like(numerator))
-
-
-def _token_weights(weights: Any, mask: Any, xp: Any) -> Any:
-    if weights is None:
-        return mask.astype(np.float32)
-    if xp.ndim(weights) not in (2, 3) or xp.shape(weights)[:2] != mask.shape:
+def _of_arrays(
+    mask: ArrayLike | None, weights: ArrayLike | None, arrays: Mapping[str, ArrayLike], who: str
+) -> TokenBatch:
+    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    shapes = [jnp.shape(a)[:2] for a in (mask, weights) if a is not None]
+    shapes += [a.shape[:2] for a in given.values() if a.ndim > 1]
+    if not shapes:
+        raise ValueError(f"{who} needs an array of shape [B, T, ...]")
+    shape = shapes[0]
+    if len(shape) != 2 or _misfits(given, shape) or any(s != shape for s in shapes):
         raise ValueError(
-            f"'weights' has one number a token ([T], or [T, K]): expected [B, T] or [B, T, K] with "
-            f"(B, T) = {mask.shape}, got {xp.shape(weights)}"
+            f"{who}: all arrays are [B, T, ...] or [B] with one B and T; "
+            f"got { ({n: a.shape for n, a in given.items()}) }, mask "
+            f"{None if mask is None else jnp.shape(mask)}, weights "
+            f"{None if weights is None else jnp.shape(weights)}"
         )
-    real = mask if xp.ndim(weights) == 2 else mask[..., None]
-    if not xp.issubdtype(weights.dtype, xp.floating):
-        weights = weights.astype(np.float32)
-    return xp.where(real, weights, xp.zeros((), weights.dtype))
+    real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+    held = token_weights(None if weights is None else jnp.asarray(weights), real)
+    refuse_probabilities(given, real, held, who)
+    return TokenBatch(real, held, jnp.sum(real, axis=1, dtype=jnp.int32), given)
 
 
-def _bucket(buckets: Buckets, what: str) -> Callable[[int], int]:
-    if callable(buckets):
-        return buckets
-    if not isinstance(buckets, Sequence) or not buckets:
-        raise TypeError(f"{what}_buckets is a sequence of sizes or a function, got {buckets!r}")
-    sizes = sorted(buckets)
-
-    def next_size(n: int) -> int:
-        for size in sizes:
-            if size >= n:
-                return size
-        raise ValueError(f"{n} does not fit into the largest {what} bucket, {sizes[-1]}")
-
-    return next_size
+def _misfits(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes that are neither [B, T, ...] nor [B]."""
+    return {n: a.shape for n, a in arrays.items() if a.ndim == 0 or a.shape[:2] != shape[: a.ndim]}
 
 
 def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
@@ -279,10 +293,8 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
         if jnp.ndim(like) < 2:
             raise ValueError(f"{who}: expected token data of shape [B, T, ...], got {jnp.shape(like)}")
         given = dict(batch or {})
-        mask = given.pop("mask", None)
-        if mask is None:
-            mask = jnp.ones(jnp.shape(like)[:2], bool)
-        return TokenBatch.from_arrays(mask=mask, **given)
+        mask, weights = given.pop("mask", None), given.pop("weights", None)
+        return _of_arrays(jnp.ones(jnp.shape(like)[:2], bool) if mask is None else mask, weights, given, who)
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )

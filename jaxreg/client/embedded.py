@@ -15,7 +15,8 @@ import optax
 
 from jaxreg.base.arrays import to_numpy
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.packing import next_rows, pad
+from jaxreg.batch.buckets import coarse_rows
+from jaxreg.batch.packing import pad
 from jaxreg.client import wire
 from jaxreg.client.futures import ClientFuture
 from jaxreg.client.types import ForwardBackwardOutput
@@ -161,7 +162,7 @@ class EmbeddedTrainingClient:
         ]
         targets = [row[wire.TARGETS].astype(np.int32) for row in rows]
         weights = [_weights(row, i) for i, row in enumerate(rows)]
-        shape = next_rows(len(data)), max(_SHORTEST, 1 << (max(map(len, tokens)) - 1).bit_length())
+        shape = coarse_rows(len(data)), max(_SHORTEST, 1 << (max(map(len, tokens)) - 1).bit_length())
         batch = pad(tokens, *shape), pad(targets, *shape), pad(weights, *shape)
         if backward:
             gradient, picked = self._backward(self._params, *batch)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreg.base.arrays import to_numpy
+from jaxreg.batch.buckets import coarse_length, coarse_rows
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.values import HIGHEST
 from jaxreg.client import wire
 from jaxreg.client.errors import Applied, Step
 
@@ -55,23 +57,27 @@ def pack(
     rows = wire.read(data, side_data)
     targets = [row[wire.TARGETS] for row in rows]
     slots = [t.shape[1] if unrolled and t.ndim == 2 else 0 for t in targets]
-    return Packed(list(data), rows, targets, TokenBatch.pack(rows), slots)
+    # Of one of a few sizes: the model runs elsewhere, so padding is cheap here, and compiling is not.
+    batch = TokenBatch.pack(rows, length_buckets=coarse_length, row_buckets=coarse_rows)
+    return Packed(list(data), rows, targets, batch, slots)
 
 
-def given(logprobs: Sequence[Any], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The caller's own logprobs, checked."""
+def given(logprobs: Sequence[Any], packed: Packed) -> list[np.ndarray]:
+    """The caller's own logprobs, checked; a placeholder at a token that does not count becomes 0."""
+    targets, counted = packed.targets, packed.batch.unpack(packed.batch.counted)
     if len(logprobs) != len(targets):
         raise ValueError(f"logprobs= has {len(logprobs)} arrays for {len(targets)} datums")
     arrays = []
-    for i, (own, target) in enumerate(zip(logprobs, targets, strict=True)):
+    for i, (own, target, counts) in enumerate(zip(logprobs, targets, counted, strict=True)):
         array = to_numpy(own).astype(np.float32)
         if array.shape != target.shape:
             raise ValueError(
                 f"logprobs=, datum {i}: has shape {array.shape}, but {wire.TARGETS!r} has {target.shape}"
             )
-        if not np.isfinite(array).all() or (array.size and array.max() > 1e-3):
+        wrong = ~np.isfinite(array) | (array > HIGHEST)
+        if wrong[counts].any():
             raise ValueError(f"logprobs=, datum {i}: logprobs are finite and ≤ 0")
-        arrays.append(array)
+        arrays.append(np.where(wrong, np.float32(0), array))
     return arrays
 
 

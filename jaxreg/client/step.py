@@ -32,7 +32,7 @@ async def take_step(
     with Telling(ask.step) as told, Gate() as gate:
         check(ask.client, options)
         packed = await run(pack, ask.data, unrolled=options.top_k == "unrolled")
-        logprobs = None if ask.logprobs is None else await run(given, ask.logprobs, packed.targets)
+        logprobs = None if ask.logprobs is None else await run(given, ask.logprobs, packed)
         work = await run(prepare, ask.objective, packed, ask.state, ask.key, ask.step)
         told.begin(work)
         work.calls.start(packed.data)  # host terms that read the data alone run while the server does

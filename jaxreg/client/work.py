@@ -54,14 +54,23 @@ def prepare(
 
 
 def _check_groups(work: Work) -> None:
-    """Refuse datums that do not come in the groups that a term wants, such as pairs."""
+    """Refuse datums that do not come in the groups that a term wants, such as pairs, or only half of one."""
     plan, datums = work.compiled.plan, len(work.packed.data)
+    counts = np.asarray(work.packed.batch.counted).any(axis=1)[:datums]
     for name, fn in zip(plan.names, plan.fns(work.compiled.leaves), strict=True):
         group = getattr(fn, "rows_together", 1)
         if datums % group:
             raise ValueError(
                 f"{who(name)}: {type(fn).__name__} takes datums in groups of {group} (chosen, rejected, "
                 f"chosen, ...); got {datums} datums"
+            )
+        groups = counts.reshape(-1, group)
+        if (torn := groups.any(axis=1) & ~groups.all(axis=1)).any():
+            first = int(np.argmax(torn)) * group
+            raise ValueError(
+                f"{who(name)}: {type(fn).__name__} takes datums in groups of {group}, but of the datums "
+                f"{first} … {first + group - 1} only some have a token that counts (not masked, and of a "
+                f"weight that is not 0); leave the group out"
             )
 
 

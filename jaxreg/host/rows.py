@@ -31,7 +31,7 @@ class Row(dict[str, Any]):
 
 
 def as_data(batch: PyTree) -> Any:
-    """A `TokenBatch` as one `Row` a datum; any other pytree as it is, with NumPy arrays."""
+    """A `TokenBatch` as one `Row` a datum, of its tokens; any other pytree as it is, with NumPy arrays."""
     if not isinstance(batch, TokenBatch):
         return jax.tree.map(np.asarray, batch)
     columns = {name: batch.unpack(array) for name, array in batch.arrays.items()}
@@ -54,11 +54,11 @@ def as_gradient(gradient: Any, x: PyTree, batch: PyTree, by_datum: bool) -> PyTr
     """A gradient shaped as `as_values` gave it, shaped as x; zero where the mask is False."""
     if not by_datum:
         return jax.tree.map(lambda slope, like: np.asarray(slope, like.dtype), gradient, x)
-    dense = np.zeros(x.shape, x.dtype)
-    rows = np.flatnonzero(np.asarray(batch.lengths))
-    for row, slope in zip(rows, gradient, strict=True):
-        dense[row, : len(slope)] = masked(slope, np.asarray(batch.mask)[row, : len(slope)])
-    return dense
+    if not gradient:
+        return np.zeros(x.shape, x.dtype)
+    masks = batch.unpack(batch.mask)
+    slopes = [masked(slope, mask) for slope, mask in zip(gradient, masks, strict=True)]
+    return batch.repack(slopes).astype(x.dtype)
 
 
 def masked(slope: np.ndarray, mask: np.ndarray) -> np.ndarray:

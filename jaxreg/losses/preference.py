@@ -1,36 +1,55 @@
 """Losses on pairs of answers: rows alternate, chosen and rejected.
 
-`TokenBatch.pack` pads to an even number of rows, so pairs stay pairs. A pair of padded rows counts for
-nothing; half a pair (a chosen answer without a rejected one, or the reverse) makes the loss NaN.
+`TokenBatch.pack_pairs` makes such a batch, and the losses refuse it once its rows are pairs no more. A pair
+of which no token counts (padded rows, or weights of 0) is as if it were not there. Half a pair, a chosen
+answer without a rejected one or the reverse, is refused: by an error where numbers can be told, by NaN where
+they are traced.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.pairs import broken_pairs
 from jaxreg.batch.token_batch import TokenBatch, as_token_batch
-from jaxreg.terms.masked import logprob_values, not_infinite
+from jaxreg.terms.masked import check_choice, datums_that_count, logprob_values, not_infinite
 from jaxreg.terms.term import Source, needs, read_like, term
+
+Result = tuple[Array, dict[str, Array]]
 
 
 @term
 class DPO:
-    """Direct preference optimization (Rafailov et al. 2023): mean of ``−log σ(β(Δ⁺ − Δ⁻))`` over pairs.
+    """Direct preference optimization on rows that alternate, chosen, rejected, chosen, rejected, ...
 
+    The mean over pairs of ``−(1 − ε) log σ(βh) − ε log σ(−βh)`` with ``h = Δ⁺ − Δ⁻`` (Rafailov et al. 2023;
+    with ε > 0, conservative DPO, Mitchell 2023), or, as ``"ipo"``, of ``(h − 1/(2β))²`` (Azar et al. 2024).
     ``Δ = Σ w·(lp − ref)`` over a row's tokens.
+
+    `TokenBatch.pack_pairs` puts rows in this order. All chosen rows first and then all rejected ones, as
+    other libraries concatenate them, would be other pairs; of such arrays [N, T] make these rows with
+    ``jnp.stack([chosen, rejected], 1).reshape(2 * N, T)``.
 
     Args:
       beta: **0.1**.
       reference: the reference model's logprobs [B, T]: a name in the batch, an array, or a function of the
-        batch. No gradient.
+        batch. No gradient. None: no reference, ``Δ = Σ w·lp``.
+      loss_type: **"sigmoid"** or ``"ipo"``.
+      label_smoothing: ε, the share of pairs that may be the wrong way round, 0 … 0.5, **0**; with
+        ``"sigmoid"`` only.
+      average_tokens: Δ is the weighted mean over a row's tokens, ``Σ w·(lp − ref) / Σ w``, **False**. Both
+        papers sum; for IPO, TRL takes the mean: ``DPO(loss_type="ipo", average_tokens=True)``.
 
-    Metrics: ``accuracy``, the share of pairs with Δ⁺ > Δ⁻; ``margin``, the mean of β(Δ⁺ − Δ⁻);
+    Metrics: ``accuracy``, the share of pairs with Δ⁺ > Δ⁻; ``margin``, the mean of βh;
     ``chosen_reward`` and ``rejected_reward``, the means of βΔ.
+
+    Raises:
+      ValueError: an odd number of rows, a batch that says that its rows are no pairs, or half a pair.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -43,31 +62,56 @@ class DPO:
     rows_together: ClassVar[int] = 2
 
     beta: float = 0.1
-    reference: Source = "ref_logprobs"
+    reference: Source | None = "ref_logprobs"
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    average_tokens: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(self.beta, "DPO", "beta")
+        check_choice(self.loss_type, ("sigmoid", "ipo"), "DPO", "loss_type")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise ValueError(f"DPO: label_smoothing is within 0 … 0.5, got {self.label_smoothing!r}")
+        if self.label_smoothing and self.loss_type == "ipo":
+            raise ValueError("DPO: label_smoothing goes with loss_type='sigmoid'; IPO has none")
 
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T], B even."""
         tokens, logprobs = _read(x, batch, "DPO")
-        reference = read_like(self.reference, tokens, x.shape, "DPO", "the reference")
-        finite = not_infinite(logprobs) & not_infinite(reference)
-        gap = jnp.where(finite, logprobs, 0.0) - jnp.where(finite, reference, 0.0)
-        return _logistic(tokens, self.beta * tokens.datum_sum(gap), 0.0)
+        finite = not_infinite(logprobs)
+        gap = logprobs
+        if self.reference is not None:
+            reference = read_like(self.reference, tokens, x.shape, "DPO", "the reference", logprobs=True)
+            finite &= not_infinite(reference)
+            gap = jnp.where(finite, logprobs, 0.0) - jnp.where(finite, reference, 0.0)
+        gap = jnp.where(finite, gap, 0.0)
+        deltas = tokens.datum_means(gap) if self.average_tokens else tokens.datum_sum(gap)
+        gaps = deltas[0::2] - deltas[1::2]
+        if self.loss_type == "ipo":
+            losses = jnp.square(gaps - 1 / (2 * self.beta))
+        else:
+            losses = -jax.nn.log_sigmoid(self.beta * gaps)
+            if self.label_smoothing:
+                # log σ(−z) = log σ(z) − z
+                losses += self.label_smoothing * self.beta * gaps
+        return _over_pairs(tokens, losses, self.beta * deltas, "DPO")
 
 
 @term
 class SimPO:
-    """Simple preference optimization (Meng et al. 2024), without a reference model.
+    """Simple preference optimization on rows that alternate, chosen, rejected, ..., without a reference.
 
-    The mean over pairs of ``−log σ(β(m⁺ − m⁻) − γ)``, with m the mean logprob of a row's tokens.
+    The mean over pairs of ``−log σ(β(m⁺ − m⁻) − γ)``, with m the weighted mean logprob of a row's tokens
+    (Meng et al. 2024). `TokenBatch.pack_pairs` puts rows in this order; see `DPO`.
 
     Args:
       beta: **2.0**.
       gamma: the target margin, **0.5**.
 
     Metrics: as in `DPO`, with rewards βm.
+
+    Raises:
+      ValueError: as in `DPO`.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -86,12 +130,13 @@ class SimPO:
         if not math.isfinite(self.gamma):
             raise ValueError(f"SimPO: gamma is a finite number, got {self.gamma!r}")
 
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T], B even."""
         tokens, logprobs = _read(x, batch, "SimPO")
         finite = not_infinite(logprobs)
-        means = tokens.datum_means(jnp.where(finite, logprobs, 0.0))
-        return _logistic(tokens, self.beta * means, self.gamma)
+        rewards = self.beta * tokens.datum_means(jnp.where(finite, logprobs, 0.0))
+        losses = -jax.nn.log_sigmoid(rewards[0::2] - rewards[1::2] - self.gamma)
+        return _over_pairs(tokens, losses, rewards, "SimPO")
 
 
 def _read(x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array]:
@@ -104,21 +149,44 @@ def _read(x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array]:
     return tokens, logprob_values(tokens, x, who)
 
 
-def _logistic(tokens: TokenBatch, rewards: Array, margin: float) -> tuple[Array, dict[str, Array]]:
-    """Mean over real pairs of −log σ(chosen − rejected − margin), and what people look at."""
+def _over_pairs(tokens: TokenBatch, losses: Array, rewards: Array, who: str) -> Result:
+    """The mean over the pairs that count, of losses [B/2], and what people look at, of rewards [B]."""
+    counts = datums_that_count(tokens)
+    both = counts[0::2] & counts[1::2]
+    poison = _refused(
+        counts[0::2] ^ counts[1::2],
+        f"{who}: pair {{}} is half a pair: of one of its two answers no token counts (all are masked or of "
+        f"weight 0); leave the pair out, or give both weight 0",
+    )
+    if tokens.pairs is not None:
+        poison *= _refused(
+            broken_pairs(jnp.asarray(tokens.pairs)),
+            f"{who}: rows alternate, chosen and rejected, but the batch's own `pairs` say that its rows {{}} "
+            f"are no pair; were rows left out or reordered since pack_pairs?",
+            rows=True,
+        )
     chosen, rejected = rewards[0::2], rewards[1::2]
-    real = tokens.lengths > 0
-    both = real[0::2] & real[1::2]
-    half = jnp.any(real[0::2] ^ real[1::2])
-    difference = chosen - rejected
-    loss = _mean(-jax.nn.log_sigmoid(difference - margin), both)
-    # Half a pair poisons the value and the gradient alike: neither would mean anything.
-    return loss * jnp.where(half, jnp.nan, 1.0), {
-        "accuracy": _mean((difference > 0).astype(difference.dtype), both),
-        "margin": _mean(difference, both),
+    margin = chosen - rejected
+    # Both poison the value and the gradient alike: neither would mean anything.
+    return _mean(losses, both) * poison, {
+        "accuracy": _mean((margin > 0).astype(margin.dtype), both),
+        "margin": _mean(margin, both),
         "chosen_reward": _mean(chosen, both),
         "rejected_reward": _mean(rejected, both),
     }
+
+
+def _refused(wrong: Array, message: str, *, rows: bool = False) -> Array:
+    """1, or NaN where a pair is wrong [B/2] and numbers are traced.
+
+    Raises:
+      ValueError: numbers are there to be told, and a pair is wrong.
+    """
+    some = jnp.any(wrong)
+    if not isinstance(some, jax.core.Tracer) and some:
+        i = int(jnp.argmax(wrong))
+        raise ValueError(message.format(f"{2 * i} and {2 * i + 1}" if rows else i))
+    return jnp.where(some, jnp.nan, 1.0)
 
 
 def _mean(values: Array, counted: Array) -> Array:

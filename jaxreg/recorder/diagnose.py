@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxreg.base.paths import leaf_paths
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.packing import pad
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.core.bind import bind_forward, bind_terms
 from jaxreg.core.plan import who
@@ -123,7 +122,7 @@ def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
     lengths = [int(n) for n in np.asarray(batch.lengths) if n]
     if not all(isinstance(values, np.ndarray) for values in x) or [len(v) for v in x] != lengths:
         raise ValueError("x is not one array a datum, of the datum's length")
-    return pad(x, *batch.shape)
+    return batch.repack(x)
 
 
 def _value_of(

@@ -31,6 +31,7 @@ def to_plain(tree: PyTree) -> Any:
         return tree
     if isinstance(tree, TokenBatch):
         fields = {"mask": tree.mask, "weights": tree.weights, "lengths": tree.lengths}
+        fields |= {k: v for k, v in {"present": tree.present, "pairs": tree.pairs}.items() if v is not None}
         return {"token_batch": {k: to_plain(v) for k, v in (fields | {"arrays": tree.arrays}).items()}}
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
         return {"dict": {key: to_plain(value) for key, value in tree.items()}}
@@ -100,11 +101,16 @@ def _token_batch(fields: dict[str, Any], where: str) -> TokenBatch:
         good = good and mask.dtype == bool and lengths.dtype.kind in "iu" and isinstance(arrays, dict)
         good = good and all(a.shape[:2] == mask.shape[: a.ndim] and a.ndim for a in arrays.values())
         good = good and bool(((lengths >= 0) & (lengths <= mask.shape[1])).all())
+        present, pairs = fields.get("present"), fields.get("pairs")
+        good = good and (present is None or (present.shape == mask.shape and present.dtype == bool))
+        good = good and (pairs is None or (pairs.shape == lengths.shape and pairs.dtype.kind in "iu"))
     except (KeyError, AttributeError):
         good = False
     if not good:
         raise Lost(f"{where} is no TokenBatch: its arrays do not fit together")
-    return TokenBatch(mask=mask, weights=weights, lengths=lengths, arrays=arrays)
+    return TokenBatch(
+        mask=mask, weights=weights, lengths=lengths, arrays=arrays, present=present, pairs=pairs
+    )
 
 
 def _pytree(leaves: list[Any], name: object, like: PyTree, where: str) -> PyTree:

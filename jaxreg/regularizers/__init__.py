@@ -23,8 +23,8 @@ from jaxreg.regularizers.pointwise import ElasticNet as ElasticNet
 from jaxreg.regularizers.pointwise import Focal as Focal
 from jaxreg.regularizers.pointwise import LogRatioL2 as LogRatioL2
 from jaxreg.regularizers.pointwise import Unlikelihood as Unlikelihood
+from jaxreg.regularizers.sequences import Length as Length
+from jaxreg.regularizers.sequences import Repetition as Repetition
 from jaxreg.regularizers.structure import Consistency as Consistency
 from jaxreg.regularizers.structure import GradientPenalty as GradientPenalty
-from jaxreg.regularizers.structure import Length as Length
 from jaxreg.regularizers.structure import Orthogonality as Orthogonality
-from jaxreg.regularizers.structure import Repetition as Repetition

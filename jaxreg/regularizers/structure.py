@@ -9,21 +9,21 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxreg.base.numbers import magnitude, safe_root, squared, widened
+from jaxreg.base.numbers import squared, widened
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import as_token_batch
 from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
+    datums_that_count,
     log_probabilities,
-    logprob_values,
-    not_infinite,
     plogp_ratio,
     real_values,
     reduce_tokens,
 )
-from jaxreg.terms.term import Source, needs, read, read_like, term
+from jaxreg.terms.scale import directions, norms
+from jaxreg.terms.term import Source, needs, read_like, term
 
 METRICS = ("mse", "l1", "cosine", "kl")
 MODES = ("soft", "hard", "spectral")
@@ -37,8 +37,9 @@ class Consistency:
       reference: the paired outputs, of the shape of x: a name in the batch, an array, or a function of
         the batch. No gradient.
       metric: **"mse"**, ``(x − r)²``; ``"l1"``, ``|x − r|``; ``"cosine"``, 1 − cos of each datum's values
-        as one vector (``reduction`` is then a mean or a sum over datums); ``"kl"``, Σ p(log p − log q) over
-        the last axis of [B, T, V].
+        that count, as one vector, at any scale (``reduction`` is then a mean or a sum over datums; 1,
+        without a gradient, where one vector is 0); ``"kl"``, Σ p(log p − log q) over the last axis of
+        [B, T, V].
       reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean distance a token (a datum, for ``"cosine"``).
@@ -61,14 +62,11 @@ class Consistency:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The distance of x [B, T] or [B, T, K] from its pair."""
         tokens = as_token_batch(batch, x, "Consistency")
-        by_mask = self.metric == "cosine"  # of the whole datum
-        values = real_values(tokens, x, "Consistency", by_mask=by_mask)
-        paired = read_like(
-            self.reference, tokens, values.shape, "Consistency", "the paired field", by_mask=by_mask
-        )
+        values = real_values(tokens, x, "Consistency")
+        paired = read_like(self.reference, tokens, values.shape, "Consistency", "the paired field")
         if self.metric == "cosine":
             rows = (values.shape[0], -1)
-            distance = 1 - _cosine(values.reshape(rows), paired.reshape(rows))
+            distance = _cosine_distance(values.reshape(rows), paired.reshape(rows))
         elif self.metric == "kl":
             needs(values, 3, "Consistency(metric='kl')", "whole distributions [B, T, V]")
             ratio = plogp_ratio(log_probabilities(values), log_probabilities(paired))
@@ -83,9 +81,9 @@ class Consistency:
 class Orthogonality:
     """How far rows are from orthonormal (Brock et al. 2017; Bansal et al. 2018).
 
-    With rows normalised and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
-    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. Of x [N, D], the matrix itself; of x [B, T, D], each
-    datum's real tokens are a matrix, and the mean is taken over datums.
+    With rows normalised, whatever their scale, and G = X Xᵀ: **"soft"** ``Σ_{i≠j} G²``; ``"hard"``
+    ``‖G − I‖²``; ``"spectral"`` ``σ_max(G − I)``. A zero row counts as absent. Of x [N, D], the matrix
+    itself; of x [B, T, D], each datum's tokens that count are a matrix, and the mean is taken over datums.
 
     Args:
       mode: see above.
@@ -114,9 +112,10 @@ class Orthogonality:
             return value, {"max_cosine": largest}
         x = needs(x, 3, "Orthogonality", "a matrix [N, D], or one a datum [B, T, D]")
         tokens = as_token_batch(batch, x, "Orthogonality")
-        values = real_values(tokens, x, "Orthogonality", by_mask=True)
+        values = real_values(tokens, x, "Orthogonality")
         per_datum, largest = jax.vmap(lambda m: gram_distance(m, self.mode, self.axis))(values)
-        return tokens.mean(per_datum), {"max_cosine": jnp.max(jnp.where(tokens.lengths > 0, largest, 0.0))}
+        worst = jnp.max(jnp.where(datums_that_count(tokens), largest, 0.0), initial=0.0)
+        return tokens.mean(per_datum), {"max_cosine": worst}
 
 
 @term
@@ -129,6 +128,8 @@ class GradientPenalty:
       reference: None, the penalty at x; or where to interpolate to, of the shape of x: a name in the
         batch, an array, or a function of the batch. Then at εx + (1 − ε)·ref, with ε ~ U(0, 1) a datum
         from ``key``.
+
+    f sees x where tokens count and 0 elsewhere, and the norm is over the tokens that count.
 
     Metrics: ``norm``, the mean of ‖∇f‖. At a zero gradient the norm's subgradient is 0.
 
@@ -154,110 +155,16 @@ class GradientPenalty:
     ) -> tuple[Array, dict[str, Array]]:
         """The penalty at x [B, T] or [B, T, K]."""
         tokens = as_token_batch(batch, x, "GradientPenalty")
-        at = real_values(tokens, x, "GradientPenalty", by_mask=True)
+        at = real_values(tokens, x, "GradientPenalty")
         if self.reference is not None:
             if key is None:
                 raise ValueError("GradientPenalty: with a reference it needs key=, for ε")
-            other = read_like(
-                self.reference, tokens, at.shape, "GradientPenalty", "the reference", by_mask=True
-            )
+            other = read_like(self.reference, tokens, at.shape, "GradientPenalty", "the reference")
             mix = jax.random.uniform(key, (at.shape[0],) + (1,) * (at.ndim - 1), at.dtype)
             at = mix * at + (1 - mix) * other
         slope = jax.grad(lambda v: jnp.sum(self.fn(v, batch)))(at)
-        square = jnp.sum(jnp.square(tokens.where(slope)).reshape(at.shape[0], -1), axis=1)
-        norm = safe_root(square)
+        norm = norms(real_values(tokens, slope, "GradientPenalty").reshape(at.shape[0], -1))
         return tokens.mean(jnp.square(norm - self.target)), {"norm": tokens.mean(norm)}
-
-
-@term
-class Repetition:
-    """Token-level unlikelihood of what was said before (Welleck et al. 2020).
-
-    ``Σ −log(1 − p(c))`` over the distinct tokens c of the last ``window`` places, the target itself left out.
-
-    Args:
-      tokens: the tokens [B, T] that x predicts: a name in the batch.
-      window: how many places back, **32**.
-      floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
-
-    Metrics: ``mass``, the mean probability of repeating one of them.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxreg as jr
-      >>> batch = {"target_tokens": jnp.array([[0, 1]])}
-      >>> value, _ = jr.regularizers.Repetition()(jnp.zeros((1, 2, 2)), batch)
-      >>> round(value.item(), 4)  # half of log 2: one place in two could repeat
-      0.3466
-    """
-
-    tokens: str = "target_tokens"
-    window: int = 32
-    floor: float = 1e-6
-    reduction: Reduction = "token_mean"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(f"Repetition: window is a whole number ≥ 1, got {self.window!r}")
-        if not 0 < self.floor < 1:
-            raise ValueError(f"Repetition: floor is within 0 … 1, got {self.floor!r}")
-        check_choice(self.reduction, REDUCTIONS, "Repetition", "reduction")
-
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-        """The loss of logits x [B, T, V]."""
-        x = needs(x, 3, "Repetition", "logits or logprobs [B, T, V]")
-        tokens = as_token_batch(batch, x, "Repetition")
-        log_p = log_probabilities(real_values(tokens, x, "Repetition"))
-        said = read(self.tokens, tokens, "Repetition", "the tokens")
-        if said.shape != tokens.shape:
-            raise ValueError(f"Repetition: {self.tokens!r} has shape {said.shape}, but x has {x.shape}")
-        said = jnp.where(tokens.mask, said, -1)  # one_hot of −1 is 0 everywhere
-        one_hot = jax.nn.one_hot(said, x.shape[-1], dtype=log_p.dtype)
-        before = jnp.cumsum(one_hot, axis=1) - one_hot
-        before = before - jnp.pad(before, ((0, 0), (self.window, 0), (0, 0)))[:, : x.shape[1]]
-        seen = (before > 0.5) & (one_hot < 0.5)
-        p = jnp.exp(log_p)
-        each = jnp.where(seen, -jnp.log(jnp.maximum(1 - p, self.floor)), 0.0)
-        mass = jnp.sum(jnp.where(seen, p, 0.0), axis=-1)
-        loss = reduce_tokens(tokens, jnp.sum(each, axis=-1), self.reduction)
-        return loss, {"mass": tokens.mean(mass)}
-
-
-@term
-class Length:
-    """Expected-length penalty on sampled answers, as a score-function surrogate (Williams 1992).
-
-    ``mean over datums of (max(n − target, 0) / target) · Σ lp``, n the number of real tokens: its
-    gradient is the estimate of that of the expected relative excess; its value is no length.
-
-    Args:
-      target: the length, in tokens, up to which nothing is penalised.
-
-    Metrics: ``length``, the mean n; ``excess``, the mean relative excess.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxreg as jr
-      >>> value, metrics = jr.regularizers.Length(target=2)(jnp.full((1, 4), -0.5), {})
-      >>> value.item(), metrics["excess"].item()
-      (-2.0, 1.0)
-    """
-
-    target: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.target) and self.target > 0):
-            raise ValueError(f"Length: target is a positive number of tokens, got {self.target!r}")
-
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-        """The surrogate of sampled-token logprobs x [B, T]."""
-        x = needs(x, 2, "Length", "sampled-token logprobs [B, T]")
-        tokens = as_token_batch(batch, x, "Length")
-        logprobs = logprob_values(tokens, x, "Length", by_mask=True)
-        logprobs = jnp.where(not_infinite(logprobs), logprobs, 0.0)
-        length = jnp.sum(tokens.mask, axis=1).astype(logprobs.dtype)
-        excess = jnp.maximum(length - self.target, 0.0) / self.target
-        score = jnp.sum(logprobs, axis=1)
-        return tokens.mean(excess * score), {"length": tokens.mean(length), "excess": tokens.mean(excess)}
 
 
 def gram_distance(matrix: Array, mode: str, axis: str) -> tuple[Array, Array]:
@@ -266,16 +173,14 @@ def gram_distance(matrix: Array, mode: str, axis: str) -> tuple[Array, Array]:
     Zero rows (padding) count as absent: they add nothing on or off the diagonal.
     """
     rows = matrix if axis == "rows" else matrix.T
-    scaled = rows / magnitude(rows, axis=1)  # its squares neither overflow nor vanish
-    square = jnp.sum(squared(scaled), axis=1, keepdims=True)
-    unit = scaled / jnp.sqrt(jnp.where(square == 0, jnp.ones_like(square), square))
+    unit, zero = directions(rows)
     gram = jnp.matmul(unit, unit.conj().T, precision="highest")
-    eye = jnp.eye(len(rows), dtype=square.dtype)
+    eye = jnp.eye(len(rows), dtype=unit.real.dtype)
     off = gram * (1 - eye)
     if mode == "soft":
         value = jnp.sum(squared(off))
     else:
-        away = gram - eye * (square > 0)
+        away = gram - eye * ~zero
         value = jnp.sum(squared(away)) if mode == "hard" else spectral_radius(away)
     return value, jnp.max(jnp.abs(off))
 
@@ -291,7 +196,8 @@ def spectral_radius(symmetric: Array) -> Array:
     return jnp.sign(jax.lax.stop_gradient(value)) * value
 
 
-def _cosine(a: Array, b: Array) -> Array:
-    """[B] of rows [B, N]; 0 where one of them is 0."""
-    lengths = safe_root(jnp.sum(a * a, axis=1)) * safe_root(jnp.sum(b * b, axis=1))
-    return jnp.sum(a * b, axis=1) / jnp.maximum(lengths, 1e-8)
+def _cosine_distance(a: Array, b: Array) -> Array:
+    """[B], 1 − cos of rows [B, N]; 1, without a gradient, where one of them is 0."""
+    (u, no_u), (v, no_v) = directions(a), directions(b)
+    # Half the squared distance of unit vectors is 1 − cos, but exactly 0 where they are equal.
+    return jnp.where((no_u | no_v)[:, 0], 1.0, 0.5 * jnp.sum(jnp.square(u - v), axis=1))

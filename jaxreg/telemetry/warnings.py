@@ -156,7 +156,7 @@ class Warnings:
             remedy = (
                 "make the objective, its functions and its schedules once, before the loop"
                 if functions
-                else "pad to few shapes, as TokenBatch.pack does"
+                else "pad to few shapes: TokenBatch.pack(data, length_buckets=[512, 1024])"
             )
             _tell(
                 "recompiles",

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jaxreg.base.numbers import widened
 from jaxreg.base.types import Array
+from jaxreg.batch.counting import counted
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.values import refuse_positive
 
 Reduction: TypeAlias = Literal["token_mean", "token_sum", "datum_mean"]
 REDUCTIONS = ("token_mean", "token_sum", "datum_mean")
@@ -29,28 +31,38 @@ def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Arr
 
 
 def real_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False) -> Array:
-    """x in float32 (or float64), with 0 where no token counts: not real, or (unless by_mask) of weight 0."""
+    """x in float32 (or float64), with 0 where nothing counts: not real, or (unless by_mask) of weight 0.
+
+    Where the weights are one a number, as of x [B, T, K] and weights [B, T, K], each number goes by its own.
+    """
     if jnp.ndim(x) < 2 or x.shape[:2] != batch.shape:
         raise ValueError(
             f"{who}: expected an array of shape [B, T] or [B, T, V] with (B, T) = {batch.shape}, "
             f"got {jnp.shape(x)}"
         )
-    counted = batch.mask if by_mask else counts(batch)
-    counted = counted.reshape(batch.shape + (1,) * (x.ndim - 2))
+    kept = batch.mask.reshape(batch.shape + (1,) * (x.ndim - 2)) if by_mask else _counted(batch, x)
     values = widened(x)
-    return jnp.where(counted, values, jnp.zeros((), values.dtype))
+    return jnp.where(kept, values, jnp.zeros((), values.dtype))
 
 
 def counts(batch: TokenBatch) -> Array:
-    """[B, T]: the real tokens with a weight that is not 0."""
-    weighty = batch.weights != 0
-    return batch.mask & (weighty if weighty.ndim == 2 else jnp.any(weighty, axis=-1))
+    """[B, T]: the real tokens with a weight that is not 0, which are what a sequence-level quantity is of."""
+    return batch.counted
+
+
+def datums_that_count(batch: TokenBatch) -> Array:
+    """[B]: the datums with a token that counts; any other is as if it were not there."""
+    return jnp.any(batch.counted, axis=1)
 
 
 def largest(batch: TokenBatch, values: Array) -> Array:
-    """The largest of non-negative values [B, T, ...] among the tokens that count, 0 if none does."""
-    counted = counts(batch).reshape(batch.shape + (1,) * (values.ndim - 2))
-    return jnp.max(jnp.where(counted, values, jnp.zeros((), values.dtype)), initial=0.0)
+    """The largest of non-negative values [B, T, ...] among those that count, 0 if none does."""
+    return jnp.max(jnp.where(_counted(batch, values), values, jnp.zeros((), values.dtype)), initial=0.0)
+
+
+def _counted(batch: TokenBatch, values: Array) -> Array:
+    array: Array = counted(batch.mask, batch.weights, values.shape)
+    return array
 
 
 def log_probabilities(x: Array, temperature: float = 1.0) -> Array:
@@ -78,9 +90,5 @@ def logprob_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = Fal
       ValueError: one is positive. Only numbers can be told from one another, so a traced x passes.
     """
     values = real_values(batch, x, who, by_mask=by_mask)
-    if not isinstance(values, jax.core.Tracer) and values.size and float(jnp.max(values)) > 1e-3:
-        raise ValueError(
-            f"{who}: logprobs are ≤ 0, but x holds {float(jnp.max(values)):.4g}; if these are probabilities, "
-            f"take their logarithm"
-        )
+    refuse_positive(values, who, "x")
     return values

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.values import refuse_positive
 from jaxreg.terms.masked import real_values
 
 # What a term reads beside x: an array of the batch by its name, an array, or a function of the batch.
@@ -81,7 +82,9 @@ def read(source: Source, batch: TokenBatch, who: str, what: str) -> Array:
     """
     if isinstance(source, str):
         if source not in batch:
-            raise KeyError(f"{who}: the batch has no array {source!r} ({what}); it has {sorted(batch)}")
+            raise KeyError(
+                f"{who}: the batch has no array {source!r} ({what}); it has {sorted(batch.arrays)}"
+            )
         array: Any = batch[source]
     else:
         array = source(batch) if callable(source) else source
@@ -103,14 +106,21 @@ def read_like(
     *,
     by_mask: bool = False,
     per_datum: bool = False,
+    logprobs: bool = False,
 ) -> Array:
-    """`read`, of a given shape, masked and in float32; per_datum, [B] stands for every token of its datum."""
+    """`read`, of a given shape, masked and in float32; per_datum, [B] stands for every token of its datum.
+
+    Of logprobs a positive one is refused, where numbers can be told.
+    """
     array = read(source, batch, who, what)
     if per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")
-    return real_values(batch, array, who, by_mask=by_mask)
+    values = real_values(batch, array, who, by_mask=by_mask)
+    if logprobs:
+        refuse_positive(values, who, what)
+    return values
 
 
 BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'

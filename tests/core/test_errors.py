@@ -318,7 +318,7 @@ def test_shapes_that_do_not_fit_a_term(term, x, batch, error, message):
 
 def test_probabilities_are_not_taken_for_logprobs():
     x = jnp.array([[0.5, 0.9], [0.5, 0.9]])
-    batch = {"logprobs": x, "advantages": x, "ref_logprobs": x}
+    batch = {"logprobs": -x, "advantages": x, "ref_logprobs": -x}
     for term in (jr.losses.CrossEntropy(), jr.losses.PPO(), jr.regularizers.Focal(), jr.losses.DPO()):
         with pytest.raises(ValueError, match="logprobs are ≤ 0, but x holds 0.9.*take their logarithm"):
             term(x, batch)

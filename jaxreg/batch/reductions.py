@@ -1,0 +1,109 @@
+"""How values of tokens become one number, or one a datum, by what counts."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxreg.base.numbers import accumulation_dtype
+from jaxreg.base.types import Array, ArrayLike
+from jaxreg.batch.counting import counted
+
+
+class Reductions:
+    """The reductions of a `TokenBatch`, by its mask [B, T] and weights [B, T] or [B, T, K]."""
+
+    mask: Array
+    weights: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T), padding included."""
+        rows, length = self.mask.shape
+        return rows, length
+
+    @property
+    def counted(self) -> Array:
+        """bool [B, T], the real tokens with a weight that is not 0: what a sequence-level quantity is of.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr
+          >>> batch = jr.TokenBatch.from_arrays(weights=jnp.array([[0.0, 0.0, 1.0, 0.5]]))
+          >>> batch.mask.sum(1).tolist(), batch.counted.sum(1).tolist()  # the prompt too, the answer
+          ([4], [2])
+        """
+        array: Array = counted(self.mask, self.weights, self.shape)
+        return array
+
+    def where(self, values: Array, fill: ArrayLike = 0.0) -> Array:
+        """``values`` [B, T, ...] where tokens are real, ``fill`` elsewhere.
+
+        Put before a function that has no finite derivative at what padding may hold: the gradient
+        of a padded token is then exactly 0, and never 0 · ∞.
+        """
+        if jnp.shape(values)[:2] != self.shape:
+            raise ValueError(
+                f"where takes values [B, T, ...] with (B, T) = {self.shape}, got {jnp.shape(values)}"
+            )
+        mask = self.mask.reshape(self.mask.shape + (1,) * (jnp.ndim(values) - 2))
+        return jnp.where(mask, values, jnp.asarray(fill, jnp.result_type(values)))
+
+    def sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
+        """Σ weight·value over all tokens (``token_sum``): a scalar."""
+        weighted, _ = self._weighted(values, weights)
+        return jnp.sum(weighted)
+
+    def mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
+        """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar."""
+        weighted, weight = self._weighted(values, weights)
+        return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
+
+    def datum_sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
+        """Σ weight·value over each datum's tokens: [B]."""
+        weighted, _ = self._weighted(values, weights)
+        return jnp.sum(weighted.reshape(weighted.shape[0], -1), axis=1)
+
+    def datum_means(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
+        """Each datum's own weighted mean: [B], 0 where a datum has no weight."""
+        weighted, weight = self._weighted(values, weights)
+        weighted, weight = (a.reshape(a.shape[0], -1) for a in (weighted, weight))
+        some = jnp.any(weight != 0, axis=1)
+        return _ratio(jnp.sum(weighted, axis=1), jnp.sum(weight, axis=1), some)
+
+    def datum_mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
+        """Mean over datums of each datum's own mean (``datum_mean``): a scalar.
+
+        Datums without any weight are not counted.
+        """
+        _, weight = self._weighted(values, weights)
+        counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
+        means = self.datum_means(values, weights=weights)
+        return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
+
+    def _weighted(self, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
+        """weight·value and the weight, both of the values' shape, in float32 or wider."""
+        values = jnp.asarray(values)
+        values = values.astype(accumulation_dtype(values.dtype))
+        if weights is None:
+            weight = self.weights if values.ndim > 1 else jnp.any(self.counted, axis=1)
+        else:
+            weight = jnp.asarray(weights)
+        if values.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
+            raise ValueError(
+                f"a reduction takes values of shape [B], [B, T] or [B, T, K] with (B, T) = "
+                f"{self.shape} and weights that fit, got {values.shape} with weights {weight.shape}"
+            )
+        if values.ndim > 1:
+            mask = self.mask.reshape(self.mask.shape + (1,) * (weight.ndim - 2))
+            weight = jnp.where(mask, weight, jnp.zeros_like(weight))
+        weight = weight.astype(values.dtype).reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
+        weight = jnp.broadcast_to(weight, values.shape)
+        return weight * jnp.where(weight != 0, values, jnp.zeros_like(values)), weight
+
+
+def _ratio(numerator: Array, denominator: Array, some: Array) -> Array:
+    """numerator / denominator, and 0 with a gradient of 0 where there is nothing to average.
+
+    Weights of both signs that sum to 0 are something: their mean does not exist, and is not hidden.
+    """
+    safe = jnp.where(some, denominator, jnp.ones_like(denominator))
+    return jnp.where(some, numerator / safe, jnp.zeros_like(numerator))
