@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxreg import regularizers
 from jaxreg.core import norms, objective, output, plan, spec
 from jaxreg.terms.term import HOLD_ARRAYS
 
@@ -50,6 +51,13 @@ def known_by_its_earlier_name(module: types.ModuleType) -> None:
     sys.modules[f"jaxreg.{module.__name__.rpartition('.')[2]}"] = module
 
 
+# Where 0.1.0 had terms that have moved since.
+for _module, _names in {
+    regularizers.parameters: ("GroupLasso", "NuclearNorm", "SpectralNorm", "WeightOrthogonality"),
+    regularizers.structure: ("Length", "Repetition"),
+}.items():
+    for _name in _names:
+        setattr(_module, _name, getattr(regularizers, _name))
 for _module in (norms, objective, output, plan):
     known_by_its_earlier_name(_module)
 _spec = types.ModuleType("jaxreg.core.spec")
