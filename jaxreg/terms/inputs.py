@@ -224,6 +224,6 @@ def _refuse_a_classifier(batch: PyTree, x: Any, who: str) -> None:
         labels = batch.get(name)
         if labels is not None and jnp.shape(labels) == jnp.shape(x)[:1] and jnp.shape(x)[1] > 1:
             raise ValueError(
-                f"{who}: x {jnp.shape(x)} beside {name!r} {jnp.shape(labels)} looks like the logits [B, V] of "
-                f"a classifier, but is declared logprobs [B, T]; say inputs='logits', or rename {name!r}"
+                f"{who}: x {jnp.shape(x)} beside {name!r} {jnp.shape(labels)} looks like a classifier's "
+                f"logits [B, V], but is declared logprobs [B, T]; say inputs='logits', or rename {name!r}"
             )
