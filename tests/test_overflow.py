@@ -1,4 +1,4 @@
-"""Log-ratios of ±100 are ordinary input: values, gradients and metrics are finite, and right if they can be."""
+"""Log-ratios of ±100 are ordinary input: values, gradients and metrics are finite, right if they can be."""
 
 import jax
 import jax.numpy as jnp
