@@ -170,7 +170,7 @@ class Unlikelihood:
         """The loss of x [B, T], the logprobs of the tokens in question, or of logits."""
         who = "Unlikelihood"
         if self.inputs == "logprobs":
-            needs(x, 2, who, "sampled-token logprobs [B, T] (or logits, with inputs='logits')")
+            needs(x, 2, who, "logits (with inputs='logits') or sampled-token logprobs [B, T]")
         tokens = token_rows(batch, x, who, self.inputs)
         if self.candidates is not None:
             shape = x.shape if self.inputs == "logprobs" else x.shape[:-1]

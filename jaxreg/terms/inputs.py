@@ -119,7 +119,7 @@ def sampled(
 ) -> tuple[TokenBatch, Array]:
     """`token_rows` and `token_logprobs` of a term on one logprob a token."""
     if inputs == "logprobs":
-        needs(x, 2, who, f"{what} logprobs [B, T] (or logits, with inputs='logits')")
+        needs(x, 2, who, f"logits (with inputs='logits') or {what} logprobs [B, T]")
     tokens = token_rows(batch, x, who, inputs)
     return tokens, token_logprobs(tokens, x, who, inputs, targets)
 
@@ -202,7 +202,9 @@ def _folded(batch: PyTree, x: Array, who: str) -> TokenBatch:
     given: dict[str, Any] = {name: arrays.pop(name, None) for name in ("mask", "weights")}
     for name, array in given.items():
         if array is not None and jnp.shape(array) != lead:
-            raise ValueError(f"{who}: {name} has shape {jnp.shape(array)}, but x has {jnp.shape(x)}")
+            raise ValueError(
+                f"{who}: {name} has shape {jnp.shape(array)}, but x, logits [..., V], has {jnp.shape(x)}"
+            )
     shape = _fold(lead)
     mask = jnp.ones(shape, bool) if given["mask"] is None else jnp.reshape(given["mask"], shape)
     weights = None if given["weights"] is None else jnp.reshape(given["weights"], shape)
