@@ -14,18 +14,18 @@ class CrossEntropy:
     """Cross-entropy ``−Σ w·lp``, the loss that remote fine-tuning APIs call ``cross_entropy``.
 
     Args:
-      inputs: what x is: ``"logprobs"``, the log-probabilities [B, T] of the target tokens, or
-        [B, T, K] of K targets a token, with weights of the same shape; or ``"logits"`` [B, T, V] (of a
-        classifier [B, V]), with the target tokens (the labels) in the batch.
+      inputs: what x is: ``"logprobs"``, the log-probabilities [B, T] of the target tokens, or [B, T, K] of K
+        targets a token, with weights of the same shape; or ``"logits"`` [B, T, V] (of a classifier [B, V]),
+        with the target tokens (the labels) in the batch.
       targets: the name of the integer array of target tokens, [B, T] or [B], for ``"logits"``.
-      reduction: ``"token_sum"`` (the APIs' own), ``"token_mean"`` or ``"datum_mean"``. w are the
-        batch's ``weights``, which default to its mask.
+      reduction: ``"token_sum"`` (the APIs' own), ``"token_mean"`` or ``"datum_mean"``. w are the batch's
+        ``weights``, which default to its mask.
 
     Metrics: ``nll``, the weighted mean of −lp a token in nats, and ``perplexity``, exp of it.
 
-    A log-probability of −inf at a token that counts gives +inf, with the gradient −w. A target outside of
-    0 … V−1 is what tokens without a target may have, such as −100, where the mask or the weight leaves them
-    out. At a token that counts it is an error, or, where the numbers are traced, NaN.
+    A log-probability of −inf at a token that counts gives +inf, with the gradient −w. A target outside of 0 …
+    V−1 is what tokens without a target may have, such as −100, where the mask or the weight leaves them out.
+    At a token that counts it is an error, or, where the numbers are traced, NaN.
 
     Raises:
       ValueError: shapes that do not fit; a positive logprob, a target that is no word (of concrete numbers).

@@ -1,8 +1,8 @@
 """Policy-gradient losses on sampled-token log-probabilities.
 
-In all of them ``lp`` is x [B, T], ``s`` the sampler's log-probabilities and ``A`` the advantages, both
-read from the batch ([B, T], or [B] for one number a datum), and ``r = exp(lp − s)``. A token whose log-ratio
-is not finite (the learner or the sampler gave it probability 0) is left out: it adds 0 and gets no gradient.
+In all of them ``lp`` is x [B, T], ``s`` the sampler's log-probabilities and ``A`` the advantages, both read
+from the batch ([B, T], or [B] for one number a datum), and ``r = exp(lp − s)``. A token whose log-ratio is
+not finite (the learner or the sampler gave it probability 0) is left out: it adds 0 and gets no gradient.
 
 r saturates where it, or r·A·w, is no number of the dtype, above exp(88) in float32, and has no gradient
 beyond; values and metrics are finite for every finite log-ratio.
@@ -193,8 +193,8 @@ class CISPO(PolicyLoss):
 class DRO(PolicyLoss):
     """Direct reward optimization ``−Σ (lp·A − ½β(lp − s)²)`` (Richemond et al. 2024).
 
-    A regression on given tokens: off-policy its gradient is that of this sum, not of an expectation under
-    the learner.
+    A regression on given tokens: off-policy its gradient is that of this sum, not of an expectation under the
+    learner.
 
     Args:
       beta: strength of the pull to the sampler, **0.05**.

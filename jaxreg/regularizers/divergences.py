@@ -22,9 +22,8 @@ class KL:
     """Kullback–Leibler divergence to a reference, in nats; p is the model, q the reference.
 
     Of logits or logprobs [B, T, V] (or [B, V], of a classifier) and a reference of that shape it is exact,
-    and
-    so is its gradient: forward ``KL(p‖q) = Σ p·(log p − log q)``, reverse ``KL(q‖p)``, symmetric the mean of
-    both.
+    and so is its gradient: forward ``KL(p‖q) = Σ p·(log p − log q)``, reverse ``KL(q‖p)``, symmetric the mean
+    of both.
 
     Of sampled-token logprobs [B, T] it is an estimator (Schulman 2020), with ``d = ref − lp``: ``k1 = −d``,
     ``k2 = ½d²``, ``k3 = exp(d) − d − 1``. On tokens drawn from the model k1 and k3 are unbiased for KL(p‖q).
@@ -36,8 +35,8 @@ class KL:
     - ``"pathwise"``, k3: (1 − exp(d))·∇lp: of KL(q‖p), the other direction. It is what GRPO systems use.
 
     Args:
-      reference: the reference's logprobs (or logits), of the shape of x: a name in the batch, an array,
-        or a function of the batch. No gradient.
+      reference: the reference's logprobs (or logits), of the shape of x: a name in the batch, an array, or a
+        function of the batch. No gradient.
       direction: ``"forward"`` or ``"reverse"``; whole distributions only.
       symmetric: the mean of both directions; whole distributions only.
       estimator: ``"k1"``, ``"k2"`` or ``"k3"``; sampled tokens only.
@@ -161,8 +160,7 @@ class JS:
 
     With β it is the generalized one of distillation (Agarwal et al. 2024, GKD), as TRL computes it:
     ``β·KL(q‖m) + (1 − β)·KL(p‖m)``, m = (1 − β)p + βq, with p the model (student) and q the reference
-    (teacher);
-    and at the ends what it tends to, divided by its own size: β = 0 is KL(q‖p), β = 1 is KL(p‖q).
+    (teacher); and at the ends what it tends to, divided by its own size: β = 0 is KL(q‖p), β = 1 is KL(p‖q).
 
     Args:
       reference: logits or logprobs of the shape of x: a name in the batch, an array, or a function of the

@@ -96,8 +96,8 @@ class Focal:
       targets: for ``"logits"``, the name of the integer array of targets.
       reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
 
-    Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and
-    gets no gradient.
+    Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and gets
+    no gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -139,8 +139,8 @@ class Unlikelihood:
     A loss on given tokens, with its own gradient.
 
     Args:
-      candidates: which tokens are the unwanted ones, 0 or 1 (or a weight) a token, [B, T] or [B]: a name
-        in the batch, an array, or a function of the batch. **None**: every token that counts.
+      candidates: which tokens are the unwanted ones, 0 or 1 (or a weight) a token, [B, T] or [B]: a name in
+        the batch, an array, or a function of the batch. **None**: every token that counts.
       floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
       inputs: what x is: **"logprobs"** of the tokens in question [B, T], or ``"logits"`` [..., V].
       targets: for ``"logits"``, the name of the integer array of these tokens.
