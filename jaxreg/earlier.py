@@ -9,9 +9,25 @@ from typing import Any
 
 import jax
 
-from jaxreg import regularizers
+from jaxreg import losses, regularizers
 from jaxreg.core import norms, objective, output, plan, spec
 from jaxreg.terms.term import HOLD_ARRAYS
+
+# The arguments that terms have got since.
+SINCE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("CISPO", "DRO", "GSPO", "ImportanceSampling", "Focal", "Unlikelihood"), ("inputs", "targets")
+    ),
+    "DPO": ("loss_type", "label_smoothing", "average_tokens"),
+    **dict.fromkeys(("KLTopK", "ReverseKLTopK"), ("tail",)),
+    "PPO": ("inputs", "targets", "dual_clip"),
+    "Entropy": ("sampler", "inputs", "gradient"),
+    **dict.fromkeys(("GroupLasso", "NuclearNorm", "SpectralNorm", "WeightOrthogonality"), ("layers",)),
+    "JS": ("beta",),
+    "KL": ("sampler", "gradient", "max_log_ratio", "inputs", "targets"),
+    "LogRatioL2": ("sampler", "gradient", "inputs", "targets"),
+    "Repetition": ("context",),
+}
 
 
 class StaticPart(spec.StaticPart):
@@ -27,11 +43,12 @@ class StaticPart(spec.StaticPart):
 
 
 def _whole(treedef: Any, leaves: tuple[Any, ...]) -> Any:
-    """A built-in term of its old arguments, by name; new ones stand behind them, at their defaults."""
+    """A built-in term of its old arguments, by name; newer ones are at their defaults."""
     kind, static = treedef.node_data()
     if not kind.__module__.startswith(("jaxreg.losses.", "jaxreg.regularizers.")):
         return None
-    names = [field.name for field in dataclasses.fields(kind)]
+    since = SINCE.get(kind.__name__, ())
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in since]
     term, rest = object.__new__(kind), iter(leaves)
     held = (
         jax.tree.unflatten(child, [next(rest) for _ in range(child.num_leaves)])
@@ -41,7 +58,7 @@ def _whole(treedef: Any, leaves: tuple[Any, ...]) -> Any:
         ([name for name in names if name in HOLD_ARRAYS], held),
         ([name for name in names if name not in HOLD_ARRAYS], static),
     ):
-        for name, value in zip(some, values, strict=False):
+        for name, value in zip(some, values, strict=True):
             object.__setattr__(term, name, value)
     return term
 
@@ -53,11 +70,14 @@ def known_by_its_earlier_name(module: types.ModuleType) -> None:
 
 # Where 0.1.0 had terms that have moved since.
 for _module, _names in {
+    losses.policy: ("GSPO",),
+    regularizers.distributions: ("JS", "KL", "ConfidencePenalty", "Entropy"),
+    regularizers.pointwise: ("Focal", "LogRatioL2", "Unlikelihood"),
     regularizers.parameters: ("GroupLasso", "NuclearNorm", "SpectralNorm", "WeightOrthogonality"),
     regularizers.structure: ("Length", "Repetition"),
 }.items():
     for _name in _names:
-        setattr(_module, _name, getattr(regularizers, _name))
+        setattr(_module, _name, getattr(losses, _name, None) or getattr(regularizers, _name))
 for _module in (norms, objective, output, plan):
     known_by_its_earlier_name(_module)
 _spec = types.ModuleType("jaxreg.core.spec")

@@ -71,7 +71,7 @@ def objective() -> jr.CompositeLoss:
     """The six terms, all token means."""
     terms: dict[str, Callable[..., Any]] = {
         "l1": jr.regularizers.L1(reduction="token_mean"),
-        "entropy": jr.regularizers.Entropy(mode="maximize"),
+        "entropy": jr.regularizers.Entropy(mode="maximize", gradient="pathwise"),  # as PyTorch has it
         "kl": jr.regularizers.KL(),
         "log_ratio": jr.regularizers.LogRatioL2(),
         "ppo": jr.losses.PPO(reduction="token_mean"),

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch, as_token_batch
+from jaxreg.terms.extremes import largest
+from jaxreg.terms.inputs import check_weights
 from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
     check_choice,
-    largest,
-    logprob_values,
     not_infinite,
     real_values,
     reduce_tokens,
 )
-from jaxreg.terms.term import Source, needs, read_like, term
+from jaxreg.terms.term import term
 
 
 @term
@@ -64,7 +64,7 @@ class L2:
       strength: λ, **1**; on top of the term's weight.
       center: **None**, a number, or ``"mean"``, the mean of all finite values that count.
       clip: **None**, or a positive number: deviations are clipped to [−clip, clip], after centring, and
-        have no gradient beyond.
+        have no gradient beyond (and all of it on the edge).
       reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
 
     Metrics: ``rms``, the root mean square of the deviations. An infinite value counts as +inf (as
@@ -100,7 +100,8 @@ class L2:
         elif self.center is not None:
             values = values - self.center
         if self.clip is not None:
-            values = jnp.clip(values, -self.clip, self.clip)
+            # A choice, not jnp.clip, which halves the gradient on the edge.
+            values = jnp.where(jnp.abs(values) > self.clip, jnp.sign(values) * self.clip, values)
         limit = jnp.inf if self.clip is None else self.clip**2
         squares = jnp.where(finite, jnp.square(values), limit)
         metrics = {"rms": jnp.sqrt(tokens.mean(squares))}
@@ -143,120 +144,6 @@ class ElasticNet:
         return self.strength * reduce_tokens(tokens, both, self.reduction), metrics
 
 
-@term
-class LogRatioL2:
-    """Mean squared log-ratio to a reference, ``(lp − ref)²`` (Azar et al. 2024 regress on it).
-
-    Args:
-      reference: logprobs of the shape of x: a name in the batch, an array, or a function of the batch.
-        No gradient.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
-
-    Metrics: ``mean`` of lp − ref. A token with a log-ratio that is not finite is left out.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxreg as jr
-      >>> batch = {"ref_logprobs": jnp.array([[-1.0, -2.0]])}
-      >>> jr.regularizers.LogRatioL2()(jnp.array([[-1.0, -4.0]]), batch)[0].item()
-      2.0
-    """
-
-    reference: Source = "ref_logprobs"
-    reduction: Reduction = "token_mean"
-
-    def __post_init__(self) -> None:
-        check_choice(self.reduction, REDUCTIONS, "LogRatioL2", "reduction")
-
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-        """The penalty of x [B, T] or [B, T, K]."""
-        tokens = as_token_batch(batch, x, "LogRatioL2")
-        values = real_values(tokens, x, "LogRatioL2")
-        reference = read_like(self.reference, tokens, values.shape, "LogRatioL2", "the reference")
-        finite = not_infinite(values) & not_infinite(reference)
-        gap = jnp.where(finite, values, 0.0) - jnp.where(finite, reference, 0.0)
-        return reduce_tokens(tokens, jnp.square(gap), self.reduction), {"mean": tokens.mean(gap)}
-
-
-@term
-class Focal:
-    """Focal loss ``−α (1 − p)^γ log p`` of the target tokens' logprobs (Lin et al. 2017).
-
-    Args:
-      gamma: γ, **2**: how much sure tokens count for less.
-      alpha: α, **1**.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
-
-    Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and
-    gets no gradient.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxreg as jr
-      >>> round(jr.regularizers.Focal()(jnp.log(jnp.array([[0.5]])), {})[0].item(), 4)
-      0.1733
-    """
-
-    gamma: float = 2.0
-    alpha: float = 1.0
-    reduction: Reduction = "token_mean"
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 1:
-            raise ValueError(
-                f"Focal: gamma is ≥ 1 (below, the derivative at p = 1 is infinite), got {self.gamma!r}"
-            )
-        _check(self.alpha, self.reduction, "Focal")
-
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-        """The loss of x [B, T]."""
-        x = needs(x, 2, "Focal", "target logprobs [B, T]")
-        tokens = as_token_batch(batch, x, "Focal")
-        logprobs = logprob_values(tokens, x, "Focal")
-        finite = not_infinite(logprobs)
-        safe = jnp.where(finite, logprobs, 0.0)
-        unsure = jnp.maximum(-jnp.expm1(safe), 0.0)
-        loss = jnp.where(finite, -self.alpha * unsure**self.gamma * safe, jnp.inf)
-        return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
-
-
-@term
-class Unlikelihood:
-    """Unlikelihood ``−log(1 − p)`` of tokens that should not be said (Welleck et al. 2020).
-
-    Args:
-      candidates: which tokens are the unwanted ones, 0 or 1 (or a weight) a token, [B, T] or [B]: a name
-        in the batch, an array, or a function of the batch. **None**: every token that counts.
-      floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
-
-    Metrics: ``p``, the mean probability of a candidate.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxreg as jr
-      >>> round(jr.regularizers.Unlikelihood()(jnp.log(jnp.array([[0.5]])), {})[0].item(), 4)
-      0.6931
-    """
-
-    candidates: Source | None = None
-    floor: float = 1e-6
-    reduction: Reduction = "token_mean"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.floor < 1:
-            raise ValueError(f"Unlikelihood: floor is within 0 … 1, got {self.floor!r}")
-        check_choice(self.reduction, REDUCTIONS, "Unlikelihood", "reduction")
-
-    def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-        """The loss of x [B, T], the logprobs of the tokens in question."""
-        x = needs(x, 2, "Unlikelihood", "sampled-token logprobs [B, T]")
-        tokens = as_token_batch(batch, x, "Unlikelihood")
-        if self.candidates is not None:
-            chosen = read_like(self.candidates, tokens, x.shape, "Unlikelihood", "candidates", per_datum=True)
-            tokens = tokens.replace(weights=tokens.weights * chosen)  # type: ignore[attr-defined]
-        logprobs = logprob_values(tokens, x, "Unlikelihood")
-        loss = -jnp.log(jnp.maximum(-jnp.expm1(logprobs), self.floor))
-        return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
-
-
 def _values(x: PyTree, batch: PyTree, target: str, who: str) -> tuple[TokenBatch, Array]:
     """The batch, and what the target names."""
     if target not in ("logprobs", "probs"):
@@ -269,6 +156,7 @@ def _values(x: PyTree, batch: PyTree, target: str, who: str) -> tuple[TokenBatch
             raise KeyError(f"{who}: the outputs have no field {target!r}; they have {sorted(x)}")
         x = x[target]
     tokens = as_token_batch(batch, x, who)
+    check_weights(tokens, jnp.shape(x), who)
     values = real_values(tokens, x, who)
     return tokens, jnp.exp(values) if target == "probs" else values
 

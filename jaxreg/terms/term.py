@@ -36,7 +36,7 @@ def term(cls: _Class) -> _Class:
     return cast(_Class, made)
 
 
-# The fields that are children. Where a term gets more, they stand behind those it has (see `jaxreg.earlier`).
+# The fields that are children.
 HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
 
 

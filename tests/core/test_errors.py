@@ -302,7 +302,13 @@ def test_bad_arguments_of_terms(make, message):
             ValueError,
             r"\(2, 3, 4\).*\(2, 3\)",
         ),
-        (jr.regularizers.ZLoss(), (2, 3), {}, ValueError, r"logits \[B, T, V\], got shape \(2, 3\)"),
+        (
+            jr.regularizers.ZLoss(),
+            (2, 3),
+            {"weights": (2, 3)},
+            ValueError,
+            r"weights has shape \(2, 3\), but x, logits \[..., V\], has \(2, 3\)",
+        ),
         (jr.regularizers.Entropy(normalize=True), (2, 3), {}, ValueError, "need whole distributions"),
         (jr.losses.CrossEntropy(), (2, 3, 4), {}, ValueError, "inputs='logits' if x holds logits"),
         (jr.losses.CrossEntropy(inputs="logits"), (2, 3, 4), {}, KeyError, "no target tokens"),
@@ -340,7 +346,10 @@ def test_probabilities_are_not_taken_for_logprobs():
         (lambda: jr.regularizers.Repetition(window=0), "window is a whole number"),
         (lambda: jr.losses.DPO()(-jnp.ones((3, 2)), {}), "their number is even; got 3 rows"),
         (lambda: jr.losses.PPO()(-jnp.ones((2, 3, 4)), {}), r"logprobs \[B, T\], got shape \(2, 3, 4\)"),
-        (lambda: jr.regularizers.JS()(-jnp.ones((2, 3)), {}), r"\[B, T, V\], got shape \(2, 3\)"),
+        (
+            lambda: jr.regularizers.JS()(-jnp.ones((2, 3)), jr.TokenBatch.from_arrays(mask=jnp.ones((2, 3)))),
+            r"x is logits \[B, T, V\] with .* got \(2, 3\)",
+        ),
         (
             lambda: jr.regularizers.WeightL1(params="haed")({"head": jnp.ones(2)}, None),
             "'haed' matches none of the paths:\n  head",

@@ -49,6 +49,26 @@ def js(x, d):
     return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
 
 
+def gkd(x, reference, beta):
+    p, q = Categorical(logits=x), Categorical(logits=reference)
+    middle = Categorical(probs=(1 - beta) * p.probs + beta * q.probs)
+    return beta * kl_divergence(q, middle) + (1 - beta) * kl_divergence(p, middle)
+
+
+def bucket(x):
+    return Categorical(probs=torch.cat([x.exp(), 1 - x.exp().sum(-1, keepdim=True)], -1))
+
+
+def like(value, surrogate):
+    """The value, with the gradient of the surrogate."""
+    return value.detach() + surrogate - surrogate.detach()
+
+
+def chosen(name):
+    """The peer of sampled tokens' logprobs, as one of logits."""
+    return lambda z, d: PEERS[name](Categorical(logits=z).log_prob(d["target_tokens"]), d)
+
+
 def centred(x, d):
     mean = torch.sum(x * d["weights"] * REAL) / torch.sum(d["weights"] * REAL)
     return (x - mean).clamp(-0.5, 0.5) ** 2
@@ -121,6 +141,11 @@ PEERS = {
     ),
     "ImportanceSampling": lambda x, d: -(x - d["sampler"]).exp() * d["advantages"],
     "PPO": lambda x, d: ppo((x - d["sampler"]).exp(), d["advantages"]),
+    "PPO, dual clip": lambda x, d: torch.where(
+        d["advantages"] < 0,
+        torch.minimum(ppo((x - d["sampler"]).exp(), d["advantages"]), -1.3 * d["advantages"]),
+        ppo((x - d["sampler"]).exp(), d["advantages"]),
+    ),
     "CISPO": lambda x, d: -(x - d["sampler"]).exp().clamp(0, 4).detach() * x * d["advantages"],
     "DRO": lambda x, d: 0.5 * 0.05 * F.mse_loss(x, d["sampler"], reduction="none") - x * d["advantages"],
     "GSPO": gspo,
@@ -130,6 +155,13 @@ PEERS = {
     "KLTopK": lambda x, d: F.kl_div(
         F.log_softmax(x, -1), d["teacher"], log_target=True, reduction="none"
     ).sum(-1),
+    "ReverseKLTopK, bucket": lambda x, d: kl_divergence(bucket(x), bucket(d["teacher_top"])),
+    "KLTopK, bucket": lambda x, d: kl_divergence(bucket(d["teacher_top"]), bucket(x)),
+    "ReverseKLTopK, ignore": lambda x, d: like(
+        (x.exp() * (x - d["teacher_top"])).sum(-1), (x.exp() * (x - d["teacher_top"]).detach()).sum(-1)
+    ),
+    "KLTopK, ignore": lambda x, d: F.kl_div(x, d["teacher_top"], log_target=True, reduction="none").sum(-1),
+    "KLTopK, renormalize": lambda x, d: kl(d["teacher_top"], x),
     "L1": lambda x, d: F.l1_loss(x, torch.zeros_like(x), reduction="none"),
     "L1 of probs": lambda x, d: x.exp(),
     "L2": lambda x, d: 0.5 * F.mse_loss(x, torch.zeros_like(x), reduction="none"),
@@ -141,14 +173,27 @@ PEERS = {
     "Entropy, temperature": lambda x, d: (
         Categorical(logits=x / 2.5).entropy() / torch.log(torch.tensor(float(V), dtype=x.dtype))
     ),
-    "Entropy, sampled": lambda x, d: x.neg(),
-    "KL, k1": lambda x, d: x - d["ref"],
+    "Entropy, sampled": lambda x, d: like(-x, x.detach() * -x),
+    "Entropy, pathwise": lambda x, d: x.neg(),
+    "Entropy, off-policy": lambda x, d: like(-x, (x - d["sampler"]).exp().detach() * x.detach() * -x),
+    "KL, k1": lambda x, d: like(x - d["ref"], (x - d["ref"]).detach() * x),
+    "KL, k1, pathwise": lambda x, d: x - d["ref"],
+    "KL, k3, score": lambda x, d: like(
+        torch.expm1(d["ref"] - x) - (d["ref"] - x), (x - d["ref"]).detach() * x
+    ),
+    "KL, k3, off-policy": lambda x, d: like(
+        torch.expm1(d["ref"] - x) - (d["ref"] - x),
+        (x - d["sampler"]).exp().detach() * (torch.expm1(d["ref"] - x) - (d["ref"] - x)),
+    ),
     "KL, k2": lambda x, d: 0.5 * F.mse_loss(x, d["ref"], reduction="none"),
     "KL, k3": lambda x, d: torch.expm1(d["ref"] - x) - (d["ref"] - x),
     "KL": lambda x, d: kl(x, d["ref_logits"]),
     "KL, reverse": lambda x, d: kl(d["ref_logits"], x),
     "KL, symmetric": lambda x, d: (kl(x, d["ref_logits"]) + kl(d["ref_logits"], x)) / 2,
     "JS": js,
+    "JS, generalized": lambda x, d: gkd(x, d["ref_logits"], 0.2),
+    "JS, 0": lambda x, d: kl(d["ref_logits"], x),
+    "JS, 1": lambda x, d: kl(x, d["ref_logits"]),
     "ConfidencePenalty": lambda x, d: -Categorical(logits=x).entropy(),
     "LabelSmoothing": lambda x, d: F.cross_entropy(
         x.transpose(1, 2), d["target_tokens"], label_smoothing=1.0, reduction="none"
@@ -160,6 +205,9 @@ PEERS = {
     "Repetition, window": lambda x, d: repetition(x, d, 1),
     "Length": lambda x, d: (F.relu(COUNTS - 2.0) / 2 * torch.where(REAL, x, 0.0).sum(1))[:4].mean(),
     "LogRatioL2": lambda x, d: F.mse_loss(x, d["ref"], reduction="none"),
+    "LogRatioL2, score": lambda x, d: like(
+        (x - d["ref"]).square(), (x - d["ref"]).square() + (x - d["ref"]).square().detach() * x
+    ),
     "Consistency": lambda x, d: F.mse_loss(x, d["ref"], reduction="none"),
     "Consistency, l1": lambda x, d: F.l1_loss(x, d["ref"], reduction="none"),
     "Consistency, cosine": cosine,
@@ -179,5 +227,9 @@ PEERS = {
     f"Orthogonality, {mode}, {axis}": orthogonality(mode, axis)
     for mode in ("soft", "hard", "spectral")
     for axis in ("rows", "columns")
+}
+LOGITS = " of logits"
+PEERS |= {
+    name: chosen(name.removesuffix(LOGITS)) for name in CASES if name.endswith(LOGITS) and name not in PEERS
 }
 assert PEERS.keys() == CASES.keys()

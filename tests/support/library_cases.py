@@ -5,6 +5,7 @@ datum [B]), which the test reduces; or, for a term without a named reduction, th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def data() -> dict[str, np.ndarray]:
         "advantages": rng.normal(size=(B, T)),
         "top": special.log_softmax(np.concatenate([top, rng.normal(size=(B, T, 1))], -1), -1)[..., :K],
         "teacher": special.log_softmax(rng.normal(size=(B, T, K)), -1),
+        "teacher_top": special.log_softmax(rng.normal(size=(B, T, K + 1)), -1)[..., :K],
         "logits": rng.normal(size=(B, T, V)),
         "ref_logits": rng.normal(size=(B, T, V)),
         "target_tokens": rng.integers(0, V, (B, T)),
@@ -72,8 +74,17 @@ def kl(p, q):
     return stats.entropy(softmax(p), softmax(q), axis=-1)
 
 
+def gkd(p, q, beta):
+    m = (1 - beta) * p + beta * q
+    return beta * special.rel_entr(q, m).sum(-1) + (1 - beta) * special.rel_entr(p, m).sum(-1)
+
+
 def ppo(ratio, a, low, high):
     return -np.minimum(ratio * a, np.clip(ratio, low, high) * a)
+
+
+def dual(loss, a, c=1.3):
+    return np.where(a < 0, np.minimum(loss, -c * a), loss)
 
 
 def pairwise(scores, beta, gamma=0.0):
@@ -88,6 +99,11 @@ def cispo(x, d, x0):
 def gspo(x, d):
     mean = ((x - d["sampler"]) * MASK).sum(1) / np.maximum(LENGTHS, 1)
     return ppo(np.exp(mean)[:, None] * np.ones((1, T)), d["advantages"], 0.8, 1.2)
+
+
+def bucket(lp):
+    p = np.exp(lp)
+    return np.concatenate([p, 1 - p.sum(-1, keepdims=True)], -1)
 
 
 def reverse_kl_topk(x, d, frozen=None):
@@ -159,6 +175,14 @@ def picked(d, z):
 
 
 SAMPLER = {"sampler": "sampler"}
+OF_LOGITS = {"inputs": "logits"}
+
+
+def of_logits(formula):
+    """The formula of the targets' logprobs, as one of the logits."""
+    return lambda z, d, *frozen: formula(-picked(d, z), d, *(-picked(d, f) for f in frozen))
+
+
 CASES = {
     "CrossEntropy": Case(lambda r: L.CrossEntropy(reduction=r), "lp", lambda x, d: -x),
     "CrossEntropy of logits": Case(
@@ -168,6 +192,11 @@ CASES = {
         lambda r: L.ImportanceSampling(reduction=r, **SAMPLER),
         "lp",
         lambda x, d: -np.exp(x - d["sampler"]) * d["advantages"],
+    ),
+    "PPO, dual clip": Case(
+        lambda r: L.PPO(dual_clip=1.3, reduction=r, **SAMPLER),
+        "lp",
+        lambda x, d: dual(ppo(np.exp(x - d["sampler"]), d["advantages"], 0.8, 1.2), d["advantages"]),
     ),
     "PPO": Case(
         lambda r: L.PPO(reduction=r, **SAMPLER),
@@ -213,6 +242,32 @@ CASES = {
         "top",
         lambda x, d: special.rel_entr(np.exp(d["teacher"]), softmax(x)).sum(-1),
     ),
+    "ReverseKLTopK, bucket": Case(
+        lambda r: L.ReverseKLTopK(reference="teacher_top", tail="bucket", reduction=r),
+        "top",
+        lambda x, d: special.rel_entr(bucket(x), bucket(d["teacher_top"])).sum(-1),
+    ),
+    "KLTopK, bucket": Case(
+        lambda r: L.KLTopK(reference="teacher_top", tail="bucket", reduction=r),
+        "top",
+        lambda x, d: special.rel_entr(bucket(d["teacher_top"]), bucket(x)).sum(-1),
+    ),
+    "ReverseKLTopK, ignore": Case(
+        lambda r: L.ReverseKLTopK(reference="teacher_top", tail="ignore", reduction=r),
+        "top",
+        lambda x, d: (np.exp(x) * (x - d["teacher_top"])).sum(-1),
+        surrogate=lambda x, d, x0: (np.exp(x) * (x0 - d["teacher_top"])).sum(-1),
+    ),
+    "KLTopK, ignore": Case(
+        lambda r: L.KLTopK(reference="teacher_top", tail="ignore", reduction=r),
+        "top",
+        lambda x, d: (np.exp(d["teacher_top"]) * (d["teacher_top"] - x)).sum(-1),
+    ),
+    "KLTopK, renormalize": Case(
+        lambda r: L.KLTopK(reference="teacher_top", reduction=r),
+        "top",
+        lambda x, d: special.rel_entr(softmax(d["teacher_top"]), softmax(x)).sum(-1),
+    ),
     "L1": Case(lambda r: R.L1(reduction=r), "logits", lambda x, d: np.abs(x)),
     "L1 of probs": Case(lambda r: R.L1(target="probs", reduction=r), "lp", lambda x, d: np.exp(x)),
     "L2": Case(lambda r: R.L2(reduction=r, strength=0.5), "logits", lambda x, d: 0.5 * x**2),
@@ -234,9 +289,38 @@ CASES = {
         "logits",
         lambda x, d: entropy(x / 2.5) / np.log(V),
     ),
-    "Entropy, sampled": Case(lambda r: R.Entropy(reduction=r), "lp", lambda x, d: -x),
+    "Entropy, sampled": Case(
+        lambda r: R.Entropy(reduction=r), "lp", lambda x, d: -x, surrogate=lambda x, d, x0: -x0 * x
+    ),
+    "Entropy, pathwise": Case(lambda r: R.Entropy(gradient="pathwise", reduction=r), "lp", lambda x, d: -x),
+    "Entropy, off-policy": Case(
+        lambda r: R.Entropy(reduction=r, **SAMPLER),
+        "lp",
+        lambda x, d: -x,
+        surrogate=lambda x, d, x0: -np.exp(x0 - d["sampler"]) * x0 * x,
+    ),
     "KL, k1": Case(
-        lambda r: R.KL(reference="ref", estimator="k1", reduction=r), "lp", lambda x, d: x - d["ref"]
+        lambda r: R.KL(reference="ref", estimator="k1", reduction=r),
+        "lp",
+        lambda x, d: x - d["ref"],
+        surrogate=lambda x, d, x0: (x0 - d["ref"]) * x,
+    ),
+    "KL, k1, pathwise": Case(
+        lambda r: R.KL(reference="ref", estimator="k1", gradient="pathwise", reduction=r),
+        "lp",
+        lambda x, d: x - d["ref"],
+    ),
+    "KL, k3, score": Case(
+        lambda r: R.KL(reference="ref", gradient="score", reduction=r),
+        "lp",
+        lambda x, d: np.exp(d["ref"] - x) - (d["ref"] - x) - 1,
+        surrogate=lambda x, d, x0: (x0 - d["ref"]) * x,
+    ),
+    "KL, k3, off-policy": Case(
+        lambda r: R.KL(reference="ref", reduction=r, **SAMPLER),
+        "lp",
+        lambda x, d: np.exp(d["ref"] - x) - (d["ref"] - x) - 1,
+        surrogate=lambda x, d, x0: np.exp(x0 - d["sampler"]) * (np.exp(d["ref"] - x) - (d["ref"] - x)),
     ),
     "KL, k2": Case(
         lambda r: R.KL(reference="ref", estimator="k2", reduction=r),
@@ -274,6 +358,21 @@ CASES = {
             ]
         ),
     ),
+    "JS, generalized": Case(
+        lambda r: R.JS(reference="ref_logits", beta=0.2, reduction=r),
+        "logits",
+        lambda x, d: gkd(softmax(x), softmax(d["ref_logits"]), 0.2),
+    ),
+    "JS, 0": Case(
+        lambda r: R.JS(reference="ref_logits", beta=0.0, reduction=r),
+        "logits",
+        lambda x, d: kl(d["ref_logits"], x),
+    ),
+    "JS, 1": Case(
+        lambda r: R.JS(reference="ref_logits", beta=1.0, reduction=r),
+        "logits",
+        lambda x, d: kl(x, d["ref_logits"]),
+    ),
     "ConfidencePenalty": Case(lambda r: R.ConfidencePenalty(reduction=r), "logits", lambda x, d: -entropy(x)),
     "LabelSmoothing": Case(
         lambda r: R.LabelSmoothing(reduction=r),
@@ -295,6 +394,12 @@ CASES = {
     ),
     "LogRatioL2": Case(
         lambda r: R.LogRatioL2(reference="ref", reduction=r), "lp", lambda x, d: (x - d["ref"]) ** 2
+    ),
+    "LogRatioL2, score": Case(
+        lambda r: R.LogRatioL2(reference="ref", gradient="score", reduction=r),
+        "lp",
+        lambda x, d: (x - d["ref"]) ** 2,
+        surrogate=lambda x, d, x0: (x - d["ref"]) ** 2 + (x0 - d["ref"]) ** 2 * x,
     ),
     "Consistency": Case(
         lambda r: R.Consistency(reference="ref", reduction=r), "lp", lambda x, d: (x - d["ref"]) ** 2
@@ -376,4 +481,24 @@ CASES |= {
         lambda p, d: sum(gram(m, "hard") for m in matrices(p)),
         False,
     ),
+}
+CASES |= {
+    f"{name} of logits": Case(
+        lambda r, make=make, more=more: make(reduction=r, **OF_LOGITS, **more),
+        "logits",
+        of_logits(CASES[name].oracle),
+        surrogate=of_logits(CASES[name].surrogate) if CASES[name].surrogate else None,
+    )
+    for name, make, more in [
+        ("ImportanceSampling", L.ImportanceSampling, SAMPLER),
+        ("PPO", L.PPO, SAMPLER),
+        ("CISPO", L.CISPO, SAMPLER),
+        ("DRO", L.DRO, SAMPLER),
+        ("GSPO", L.GSPO, SAMPLER),
+        ("KL, k1", functools.partial(R.KL, estimator="k1"), {"reference": "ref"}),
+        ("KL, k3", R.KL, {"reference": "ref"}),
+        ("LogRatioL2", R.LogRatioL2, {"reference": "ref"}),
+        ("Focal", R.Focal, {}),
+        ("Unlikelihood", R.Unlikelihood, {}),
+    ]
 }
