@@ -36,7 +36,7 @@ class _TopK:
 
     reference: Source = "teacher_logprobs"
     tail: Tail = "renormalize"
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         check_choice(self.tail, TAILS, type(self).__name__, "tail")
@@ -73,7 +73,7 @@ class ReverseKLTopK(_TopK):
       tail: what becomes of the words that are not among the K. **"renormalize"**: both sides are divided by
         their sums over the slots, as remote fine-tuning APIs do; ``"bucket"``: one more slot on both sides,
         with 1 − Σ; ``"ignore"``: nothing, so the sum may be negative. With the first two it never is.
-      reduction: ``"token_sum"``, ``"token_mean"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean divergence a token in nats; ``coverage``, the mean of Σ p over the slots.
 
@@ -108,7 +108,7 @@ class KLTopK(_TopK):
       reference: log q [B, T, K]: a name in the batch, an array, or a function of the batch.
       tail: as in `ReverseKLTopK`. **"renormalize"**; with a teacher whose K tokens are all there is, so that
         Σ q = 1, ``"bucket"`` penalises what the model gives to other words, too.
-      reduction: ``"token_sum"``, ``"token_mean"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean divergence a token in nats; ``coverage``, the mean of Σ p over the tokens.
 

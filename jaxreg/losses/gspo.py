@@ -29,7 +29,7 @@ class GSPO(PolicyLoss):
       >>> import jax.numpy as jnp, jaxreg as jr
       >>> batch = {"logprobs": jnp.array([[-1.0, -2.0]]), "advantages": jnp.array([1.0])}
       >>> jr.losses.GSPO()(jnp.array([[-1.0, -2.0]]), batch)[0].item()
-      -2.0
+      -1.0
     """
 
     low: float = 0.8

@@ -11,15 +11,15 @@ from jaxreg.terms.term import term
 
 @term
 class CrossEntropy:
-    """Cross-entropy ``−Σ w·lp``, the loss that remote fine-tuning APIs call ``cross_entropy``.
+    """Cross-entropy ``−lp`` a token; its ``token_sum``, ``−Σ w·lp``, is the remote APIs' ``cross_entropy``.
 
     Args:
       inputs: what x is: ``"logprobs"``, the log-probabilities [B, T] of the target tokens, or [B, T, K] of K
         targets a token, with weights of the same shape; or ``"logits"`` [B, T, V] (of a classifier [B, V]),
         with the target tokens (the labels) in the batch.
       targets: the name of the integer array of target tokens, [B, T] or [B], for ``"logits"``.
-      reduction: ``"token_sum"`` (the APIs' own), ``"token_mean"`` or ``"datum_mean"``. w are the batch's
-        ``weights``, which default to its mask.
+      reduction: **"token_mean"**, ``"token_sum"`` (the remote APIs' own) or ``"datum_mean"``. w are the
+        batch's ``weights``, which default to its mask.
 
     Metrics: ``nll``, the weighted mean of −lp a token in nats, and ``perplexity``, exp of it.
 
@@ -36,12 +36,12 @@ class CrossEntropy:
       >>> batch = jr.TokenBatch.from_arrays(weights=jnp.array([[0.0, 1.0, 1.0]]))
       >>> value, metrics = jr.losses.CrossEntropy()(jnp.array([[-9.0, -1.0, -2.0]]), batch)
       >>> value.item(), metrics["nll"].item()
-      (3.0, 1.5)
+      (1.5, 1.5)
     """
 
     inputs: Inputs = "logprobs"
     targets: str = "target_tokens"
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         check_choice(self.inputs, INPUTS, "CrossEntropy", "inputs")

@@ -52,7 +52,7 @@ class PolicyLoss:
     advantages: Source = "advantages"
     inputs: Inputs = "logprobs"
     targets: str = "target_tokens"
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         check_choice(self.inputs, INPUTS, type(self).__name__, "inputs")
@@ -71,7 +71,7 @@ class PolicyLoss:
 
 @term
 class ImportanceSampling(PolicyLoss):
-    """Importance-weighted policy gradient ``−Σ r·A``, the remote APIs' ``importance_sampling``.
+    """Importance-weighted policy gradient ``−r·A`` a token; as a sum, the APIs' ``importance_sampling``.
 
     On tokens that the sampler drew its expected gradient is that of −E[A] under the learner, with what came
     before each token as the sampler drew it.
@@ -81,7 +81,7 @@ class ImportanceSampling(PolicyLoss):
       advantages: [B, T] or [B]; likewise.
       inputs: what x is: **"logprobs"** of the sampled tokens [B, T], or ``"logits"`` [..., V].
       targets: for ``"logits"``, the name of the integer array of sampled tokens.
-      reduction: ``"token_sum"`` (the APIs' own), ``"token_mean"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` (the remote APIs' own) or ``"datum_mean"``.
 
     Metrics: ``ratio_mean``, ``ratio_max`` and ``ratio_min`` of r over the tokens that count; ``kl``, the k3
     estimate of KL(sampler ‖ learner) in nats.
@@ -90,7 +90,7 @@ class ImportanceSampling(PolicyLoss):
       >>> import jax.numpy as jnp, jaxreg as jr
       >>> batch = {"logprobs": jnp.array([[-1.0, -2.0]]), "advantages": jnp.array([[1.0, -3.0]])}
       >>> jr.losses.ImportanceSampling()(jnp.array([[-1.0, -2.0]]), batch)[0].item()
-      2.0
+      1.0
     """
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
@@ -102,9 +102,9 @@ class ImportanceSampling(PolicyLoss):
 
 @term
 class PPO(PolicyLoss):
-    """Clipped surrogate ``−Σ min(r·A, clip(r, low, high)·A)`` (Schulman et al. 2017).
+    """Clipped surrogate ``−min(r·A, clip(r, low, high)·A)`` a token (Schulman et al. 2017).
 
-    With a dual clip c (Ye et al. 2020), where A < 0: ``−Σ max(min(r·A, clip(r, low, high)·A), c·A)``.
+    With a dual clip c (Ye et al. 2020), where A < 0: ``−max(min(r·A, clip(r, low, high)·A), c·A)``.
 
     The gradient is that of r·A where r is on the edge of the range itself, and 0 where the clipped side is
     the smaller one: so on-policy (r = 1) a range that begins or ends at 1 takes nothing away.
@@ -123,7 +123,7 @@ class PPO(PolicyLoss):
       >>> batch = {"logprobs": jnp.array([[-2.0, -2.0]]), "advantages": jnp.array([[1.0, -1.0]])}
       >>> loss, metrics = jr.losses.PPO()(jnp.array([[-1.0, -2.0]]), batch)
       >>> round(loss.item(), 3), metrics["clip_fraction"].item()
-      (-0.2, 0.5)
+      (-0.1, 0.5)
     """
 
     low: float = 0.8
@@ -152,7 +152,7 @@ class PPO(PolicyLoss):
 
 @term
 class CISPO(PolicyLoss):
-    """Clipped importance weights ``−Σ sg(clip(r, low, high))·lp·A`` (MiniMax-M1, 2025).
+    """Clipped importance weights ``−sg(clip(r, low, high))·lp·A`` a token (MiniMax-M1, 2025).
 
     Unlike `PPO`, clipping never takes a token's gradient away: sg, stop-gradient, is on the weight only. The
     gradient is that of `ImportanceSampling` with r clipped; the value is no objective.
@@ -191,7 +191,7 @@ class CISPO(PolicyLoss):
 
 @term
 class DRO(PolicyLoss):
-    """Direct reward optimization ``−Σ (lp·A − ½β(lp − s)²)`` (Richemond et al. 2024).
+    """Direct reward optimization ``−(lp·A − ½β(lp − s)²)`` a token (Richemond et al. 2024).
 
     A regression on given tokens: off-policy its gradient is that of this sum, not of an expectation under the
     learner.

@@ -17,7 +17,7 @@ class ZLoss:
     """z-loss: the mean of ``logsumexp(logits)²``, which keeps logits from drifting (PaLM, 2022).
 
     Args:
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``log_z``, the mean of logsumexp.
 
@@ -51,7 +51,7 @@ class LabelSmoothing:
     with logits of −∞ or −1e9, or a word below 1e-45) is not smoothed over, and gets no gradient from it.
 
     Args:
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean a token in nats.
 

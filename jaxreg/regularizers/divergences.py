@@ -51,7 +51,7 @@ class KL:
         and a reference of one number a token, the estimator of the sampled tokens' logprobs. **None**:
         logprobs for two axes, logits for more.
       targets: for that, the name of the integer array of sampled tokens.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean`` and ``max`` a token.
 
@@ -166,7 +166,7 @@ class JS:
       reference: logits or logprobs of the shape of x: a name in the batch, an array, or a function of the
         batch. No gradient.
       beta: β within 0 … 1, **0.5**.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean`` and ``max`` a token, in nats.
 

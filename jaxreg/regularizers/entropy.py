@@ -46,7 +46,7 @@ class Entropy:
       temperature: logits are divided by it; whole distributions only.
       normalize: divide by the logarithm of the number of possible words, so that H is within 0 … 1; whole
         distributions only. A word of probability 0 in float32 (logit −∞, −1e9) is not possible.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean entropy a token, and ``perplexity``, exp of it.
 
@@ -128,7 +128,7 @@ class ConfidencePenalty:
     Exact, of whole distributions, and so is its gradient.
 
     Args:
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``entropy``, its mean a token in nats; ``confidence``, the mean largest probability.
 

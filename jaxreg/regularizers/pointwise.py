@@ -24,25 +24,25 @@ from jaxreg.terms.term import term
 
 @term
 class L1:
-    """L1 penalty ``λ Σ |x|`` (Tibshirani 1996).
+    """L1 penalty ``λ |x|`` a value (Tibshirani 1996).
 
     Args:
       target: of what: ``"logprobs"``, x itself; ``"probs"``, exp(x); or the name of a field, where the
         outputs are a mapping.
       strength: λ, **1**; on top of the term's weight.
-      reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
+      reduction: **"token_mean"** (over every value), ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean`` and ``max`` of the absolute values. The subgradient at 0 is 0.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
       >>> jr.regularizers.L1()(jnp.array([[-1.0, -2.0]]), {})[0].item()
-      3.0
+      1.5
     """
 
     target: str = "logprobs"
     strength: float = 1.0
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         _check(self.strength, self.reduction, "L1")
@@ -57,7 +57,7 @@ class L1:
 
 @term
 class L2:
-    """L2 penalty ``λ Σ clip(x − c)²`` (Hoerl & Kennard 1970).
+    """L2 penalty ``λ clip(x − c)²`` a value (Hoerl & Kennard 1970).
 
     Args:
       target: as in `L1`.
@@ -65,7 +65,7 @@ class L2:
       center: **None**, a number, or ``"mean"``, the mean of all finite values that count.
       clip: **None**, or a positive number: deviations are clipped to [−clip, clip], after centring, and
         have no gradient beyond (and all of it on the edge).
-      reduction: ``"token_sum"``, ``"token_mean"`` (over every value) or ``"datum_mean"``.
+      reduction: **"token_mean"** (over every value), ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``rms``, the root mean square of the deviations. An infinite value counts as +inf (as
     clip² where there is a clip) and has no gradient.
@@ -73,14 +73,14 @@ class L2:
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
       >>> jr.regularizers.L2(center="mean")(jnp.array([[1.0, 3.0]]), {})[0].item()
-      2.0
+      1.0
     """
 
     target: str = "logprobs"
     strength: float = 1.0
     center: float | Literal["mean"] | None = None
     clip: float | None = None
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         if isinstance(self.center, str):
@@ -110,7 +110,7 @@ class L2:
 
 @term
 class ElasticNet:
-    """Elastic net ``λ (α Σ |x| + (1 − α) Σ x²)`` (Zou & Hastie 2005).
+    """Elastic net ``λ (α |x| + (1 − α) x²)`` a value (Zou & Hastie 2005).
 
     Args:
       target, strength, reduction: as in `L1`.
@@ -121,13 +121,13 @@ class ElasticNet:
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
       >>> jr.regularizers.ElasticNet()(jnp.array([[-1.0, -2.0]]), {})[0].item()
-      4.0
+      2.0
     """
 
     target: str = "logprobs"
     strength: float = 1.0
     alpha: float = 0.5
-    reduction: Reduction = "token_sum"
+    reduction: Reduction = "token_mean"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

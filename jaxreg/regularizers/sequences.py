@@ -35,7 +35,7 @@ class Repetition:
       context: whether what was said before includes real tokens of weight 0, such as a prompt, as in the
         paper; **False**: the answer alone.
       floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mass``, the mean probability of repeating one of them.
 

@@ -40,7 +40,7 @@ class Consistency:
         that count, as one vector, at any scale (``reduction`` is then a mean or a sum over datums; 1,
         without a gradient, where one vector is 0); ``"kl"``, Σ p(log p − log q) over the last axis of
         [B, T, V].
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean``, the mean distance a token (a datum, for ``"cosine"``).
 

@@ -40,7 +40,7 @@ class LogRatioL2:
       inputs: what x is: **"logprobs"** of given tokens [B, T], or of K tokens a place [B, T, K]; or
         ``"logits"`` [..., V].
       targets: for ``"logits"``, the name of the integer array of tokens.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``mean`` of lp − ref. A token with a log-ratio that is not finite is left out.
 
@@ -94,7 +94,7 @@ class Focal:
       alpha: α, **1**.
       inputs: what x is: **"logprobs"** of the targets [B, T], or ``"logits"`` [..., V].
       targets: for ``"logits"``, the name of the integer array of targets.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``p``, the mean probability of a target. A target of probability 0 makes the value +inf and gets
     no gradient.
@@ -144,7 +144,7 @@ class Unlikelihood:
       floor: 1 − p is kept above it, **1e-6**; there is no gradient beyond.
       inputs: what x is: **"logprobs"** of the tokens in question [B, T], or ``"logits"`` [..., V].
       targets: for ``"logits"``, the name of the integer array of these tokens.
-      reduction: ``"token_mean"``, ``"token_sum"`` or ``"datum_mean"``.
+      reduction: **"token_mean"**, ``"token_sum"`` or ``"datum_mean"``.
 
     Metrics: ``p``, the mean probability of a candidate.
 
