@@ -24,9 +24,23 @@ def l2_norm(leaves: Sequence[Array], *, keep_leading: bool = False) -> Array:
     It reads every leaf once, in float32 (float64 if one is float64), and is real for complex leaves. Its
     derivative is ``g / ‖g‖``, and 0 at 0. A leaf with NaN or ∞ in it makes it NaN or ∞.
     """
-    wide = accumulation_dtype(jnp.result_type(*leaves))
-    parts = [part for leaf in leaves for part in _real_parts(jnp.asarray(leaf, _like(leaf, wide)))]
-    return _norm(keep_leading, tuple(parts))
+    return _norm(keep_leading, _parts(leaves))
+
+
+def sum_of_squares(leaves: Sequence[Array]) -> Array:
+    """``Σ|g|²`` over all leaves, to which squares too small for float32 add up, too; derivative ``2·g``."""
+    return _square(_parts(leaves))
+
+
+@jax.custom_jvp
+def _square(parts: tuple[Array, ...]) -> Array:
+    return jnp.square(_norm(False, parts))
+
+
+@_square.defjvp
+def _square_jvp(primals: tuple[tuple[Array, ...]], tangents: tuple[tuple[Array, ...]]) -> tuple[Array, Array]:
+    slopes = [jnp.sum(2 * p * t) for p, t in zip(primals[0], tangents[0], strict=True)]
+    return _square(primals[0]), sum(slopes[1:], start=slopes[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -93,13 +107,8 @@ def _sum(values: Array, keep_leading: bool) -> Array:
     return jnp.sum(values, axis=tuple(range(int(keep_leading), values.ndim)))
 
 
-def _like(leaf: Array, wide: jnp.dtype) -> jnp.dtype:
-    """The accumulation dtype, real or complex as the leaf is."""
-    is_complex = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
-    return jnp.result_type(wide, jnp.complex64) if is_complex else jnp.finfo(wide).dtype
-
-
-def _real_parts(leaf: Array) -> list[Array]:
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return [jnp.real(leaf), jnp.imag(leaf)]
-    return [leaf]
+def _parts(leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """The leaves as real arrays of one accumulation dtype, complex ones as two."""
+    wide = jnp.finfo(accumulation_dtype(jnp.result_type(*leaves))).dtype
+    split = [(jnp.real(a), jnp.imag(a)) if jnp.iscomplexobj(a) else (jnp.asarray(a),) for a in leaves]
+    return tuple(part.astype(wide) for parts in split for part in parts)

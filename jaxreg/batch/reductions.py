@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.counting import counted
+from jaxreg.batch.shards import refuse_own_mean
 
 
 class Reductions:
@@ -14,6 +15,7 @@ class Reductions:
 
     mask: Array
     weights: Array
+    local: bool  # whether means of one device's own tokens are meant, inside shard_map
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,6 +56,7 @@ class Reductions:
 
     def mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar."""
+        self.check_whole("mean")
         weighted, weight = self._weighted(values, weights)
         return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
 
@@ -74,10 +77,16 @@ class Reductions:
 
         Datums without any weight are not counted.
         """
+        self.check_whole("datum_mean")
         _, weight = self._weighted(values, weights)
         counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
         means = self.datum_means(values, weights=weights)
         return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
+
+    def check_whole(self, what: str) -> None:
+        """Refuse to divide by what counts where that is one device's part, unless that is meant."""
+        if not self.local:
+            refuse_own_mean(what)
 
     def _weighted(self, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
         """weight·value and the weight, both of the values' shape, in float32 or wider."""

@@ -19,8 +19,9 @@ from jaxreg.batch.ragged import gather, places, scatter
 from jaxreg.batch.reductions import Reductions
 from jaxreg.batch.values import refuse_probabilities
 
+BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
 _OWN = ("mask", "weights")  # fields that are arrays of the mapping, too
-_FIELDS = (*_OWN, "lengths", "present", "pairs")
+_FIELDS = (*_OWN, "lengths", "present", "pairs", "local")
 
 
 @flax.struct.dataclass(eq=False)
@@ -40,6 +41,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         mask's.
       pairs: int [B], where `pack_pairs` made the batch: k for the chosen and −k for the rejected answer
         of pair k, 0 for a padded row; else None. Losses on pairs refuse rows that it does not call pairs.
+      local: whether means inside `jax.shard_map` are each device's own on purpose; see `as_local`.
 
     Make one with `pack` (ragged data), `pack_pairs`, or `from_arrays` (rectangular arrays).
 
@@ -72,6 +74,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
     arrays: dict[str, Array] = flax.struct.field(default_factory=dict)
     present: Array | None = None
     pairs: Array | None = None
+    local: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def pack(
@@ -202,6 +205,14 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         refuse_probabilities(given, self.mask, self.weights, "with_arrays")
         return self.replace(arrays={**self.arrays, **given})  # type: ignore[attr-defined, no-any-return]
 
+    def as_local(self) -> TokenBatch:
+        """The batch, whose means inside `jax.shard_map` (or `jax.pmap`) are meant to be the device's own.
+
+        Without it they are an error there: unless every device has the same weight of tokens, the mean of
+        the devices' means is not the mean of the whole batch. Sums need nothing of this, for they add up.
+        """
+        return self.replace(local=True)  # type: ignore[attr-defined, no-any-return]
+
     def __getitem__(self, name: str) -> Array:
         if name in self.arrays:
             return self.arrays[name]
@@ -286,7 +297,9 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
     """The batch itself, or one made of a plain mapping, whose tokens then are all real."""
     if not isinstance(like, jax.Array | np.ndarray):
         fields = f" with the fields {sorted(map(str, like))}" if isinstance(like, Mapping) else ""
-        raise TypeError(f"{who}: expected an array [B, T, ...], got {type(like).__name__}{fields}")
+        raise TypeError(
+            f"{who}: expected an array [B, T, ...], got {type(like).__name__}{fields}; {BY_FIELD}"
+        )
     if isinstance(batch, TokenBatch):
         return batch
     if batch is None or isinstance(batch, Mapping):

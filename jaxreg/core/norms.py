@@ -22,6 +22,9 @@ class GradNorms:
         leading part of the path (``"head"``), a sequence of them, or a function of the path. The rest
         of the pullback is then never computed for the single terms. Hashable.
 
+    A finite gradient has a finite norm, right in all its digits, wherever float32 can hold it (entries below
+    1.2e-38 may count as 0); of complex numbers, the norm is of their magnitudes.
+
     A term's gradient has the dtype of what it is differentiated with respect to. Where that is float16,
     scale a term that may leave its range, not its weight: the unweighted gradient has to fit.
 

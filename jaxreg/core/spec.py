@@ -314,6 +314,7 @@ def _checked_value(value: Any, who: str, contract: str) -> Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{who}: a term's value is a real floating-point number, got dtype {dtype}, which has no gradient"
+            + ("; take jnp.abs or jnp.real of it" if jnp.issubdtype(dtype, jnp.complexfloating) else "")
         )
     return widened(value)
 

@@ -151,6 +151,7 @@ def _read(x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array]:
 
 def _over_pairs(tokens: TokenBatch, losses: Array, rewards: Array, who: str) -> Result:
     """The mean over the pairs that count, of losses [B/2], and what people look at, of rewards [B]."""
+    tokens.check_whole(who)
     counts = datums_that_count(tokens)
     both = counts[0::2] & counts[1::2]
     poison = _refused(

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxreg.base.norm import l2_norm
-from jaxreg.base.numbers import squared
+from jaxreg.base.norm import l2_norm, sum_of_squares
 from jaxreg.base.paths import PathFilter, leaf_paths
 from jaxreg.base.types import Array, Place, PyTree
 from jaxreg.regularizers.leaves import chosen, total
@@ -69,7 +68,7 @@ class WeightL2:
     def __call__(self, x: PyTree, batch: PyTree) -> Result:
         """The penalty of the parameters x."""
         leaves = chosen(x, batch, self.params, "WeightL2")
-        return total([jnp.sum(squared(leaf)) for leaf in leaves]), {"norm": l2_norm(leaves)}
+        return sum_of_squares(leaves), {"norm": l2_norm(leaves)}
 
 
 @term
@@ -103,7 +102,7 @@ class L2SP:
         """The penalty of the parameters x."""
         here, there = _pairs(x, batch, self.reference, self.params, "L2SP", "the reference")
         gaps = [a - b for a, b in zip(here, there, strict=True)]
-        return total([jnp.sum(squared(gap)) for gap in gaps]), {"distance": l2_norm(gaps)}
+        return sum_of_squares(gaps), {"distance": l2_norm(gaps)}
 
 
 @term
@@ -112,7 +111,8 @@ class EWC:
 
     Args:
       reference: θ₀, of the structure of the parameters.
-      fisher: F ≥ 0, the diagonal of the Fisher information, of the same structure. Neither gets a gradient.
+      fisher: F ≥ 0, the diagonal of the Fisher information, of the same structure. Neither gets a
+        gradient. Where F is negative the value is NaN.
       params: which leaves; see the module.
 
     Metrics: ``distance``, its square root.
@@ -135,11 +135,9 @@ class EWC:
         _, fisher = _pairs(x, batch, self.fisher, self.params, "EWC", "the Fisher diagonal")
         if any(jnp.iscomplexobj(f) for f in fisher):
             raise TypeError("EWC: the Fisher diagonal is of real numbers ≥ 0, but it holds complex ones")
-        roots = [jnp.sqrt(f) for f in fisher]
-        # F·d·d, never F·d²: the square alone may leave float32 where the product does not.
-        value = total([jnp.sum(_product(f, a - b)) for a, b, f in zip(here, there, fisher, strict=True)])
-        gaps = [root * jax.lax.stop_gradient(a - b) for a, b, root in zip(here, there, roots, strict=True)]
-        return value, {"distance": l2_norm(gaps)}
+        # √F·d, never d² alone, which may leave float32 where F·d² does not.
+        gaps = [jnp.sqrt(f) * (a - b) for a, b, f in zip(here, there, fisher, strict=True)]
+        return sum_of_squares(gaps), {"distance": l2_norm(gaps)}
 
 
 def _pairs(
@@ -161,10 +159,3 @@ def _pairs(
             )
     there = [jax.lax.stop_gradient(leaf) for leaf in chosen(other, None, where, who)]
     return chosen(x, batch, where, who), there
-
-
-def _product(factor: Array, gap: Array) -> Array:
-    """``factor · |gap|²``."""
-    if jnp.iscomplexobj(gap):
-        return _product(factor, jnp.real(gap)) + _product(factor, jnp.imag(gap))
-    return factor * gap * gap

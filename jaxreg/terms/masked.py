@@ -30,8 +30,8 @@ def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Arr
     return batch.mean(values) if reduction == "token_mean" else batch.datum_mean(values)
 
 
-def real_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False) -> Array:
-    """x in float32 (or float64), with 0 where nothing counts: not real, or (unless by_mask) of weight 0.
+def real_values(batch: TokenBatch, x: Array, who: str) -> Array:
+    """x in float32 (or float64), with 0 where nothing counts: not real, or of weight 0.
 
     Where the weights are one a number, as of x [B, T, K] and weights [B, T, K], each number goes by its own.
     """
@@ -40,9 +40,8 @@ def real_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False)
             f"{who}: expected an array of shape [B, T] or [B, T, V] with (B, T) = {batch.shape}, "
             f"got {jnp.shape(x)}"
         )
-    kept = batch.mask.reshape(batch.shape + (1,) * (x.ndim - 2)) if by_mask else _counted(batch, x)
     values = widened(x)
-    return jnp.where(kept, values, jnp.zeros((), values.dtype))
+    return jnp.where(_counted(batch, x), values, jnp.zeros((), values.dtype))
 
 
 def counts(batch: TokenBatch) -> Array:
@@ -83,12 +82,12 @@ def plogp_ratio(log_p: Array, log_q: Array) -> Array:
     return jnp.where(finite, jnp.exp(safe_p) * (safe_p - safe_q), limit)
 
 
-def logprob_values(batch: TokenBatch, x: Array, who: str, *, by_mask: bool = False) -> Array:
+def logprob_values(batch: TokenBatch, x: Array, who: str) -> Array:
     """`real_values`, of log-probabilities.
 
     Raises:
       ValueError: one is positive. Only numbers can be told from one another, so a traced x passes.
     """
-    values = real_values(batch, x, who, by_mask=by_mask)
+    values = real_values(batch, x, who)
     refuse_positive(values, who, "x")
     return values

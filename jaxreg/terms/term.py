@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.token_batch import BY_FIELD, TokenBatch
 from jaxreg.batch.values import refuse_positive
 from jaxreg.terms.masked import real_values
 
@@ -104,7 +104,6 @@ def read_like(
     who: str,
     what: str,
     *,
-    by_mask: bool = False,
     per_datum: bool = False,
     logprobs: bool = False,
 ) -> Array:
@@ -117,13 +116,10 @@ def read_like(
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")
-    values = real_values(batch, array, who, by_mask=by_mask)
+    values = real_values(batch, array, who)
     if logprobs:
         refuse_positive(values, who, what)
     return values
-
-
-BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
 
 
 def needs(x: PyTree, ndim: int, who: str, what: str) -> Array:

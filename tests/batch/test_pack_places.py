@@ -114,7 +114,7 @@ def test_adding_an_array_keeps_mask_and_weights():
         np.testing.assert_array_equal(more["extra"], extra)
     x = jnp.arange(16.0).reshape(packed.shape)
     for batch in (packed, {**packed, "extra": extra}, {**packed}, dict(packed)):
-        assert float(jr.regularizers.L2()(x, batch)[0]) == 2.0
+        assert float(jr.regularizers.L2(reduction="token_sum")(x, batch)[0]) == 2.0
 
 
 def test_with_arrays_keeps_the_rest_and_works_traced():

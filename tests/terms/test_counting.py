@@ -12,17 +12,6 @@ import jaxreg as jr
 
 NAMES = sorted(name for name, case in CASES.items() if case.x != "params")
 ROWS = np.arange(B)
-# Terms of other files that still go by the mask.
-BY_MASK = {"GSPO": "its ratio is a mean over the mask, not over the tokens that count"}
-
-
-def marked(names):
-    return [
-        pytest.param(n, marks=pytest.mark.xfail(reason=f"{n}: {BY_MASK[n]}", strict=True))
-        if n in BY_MASK
-        else n
-        for n in names
-    ]
 
 
 def moved(array, places, width, fill):
@@ -74,9 +63,7 @@ def reductions(name):
 
 @pytest.mark.parametrize("fill", [3.7, np.nan])
 @pytest.mark.parametrize("name", NAMES)
-def test_datums_of_weight_zero_are_as_if_they_were_not_there(name, fill, x64, request):
-    if name in BY_MASK and np.isnan(fill):
-        request.applymarker(pytest.mark.xfail(reason=f"{name}: {BY_MASK[name]}", strict=True))
+def test_datums_of_weight_zero_are_as_if_they_were_not_there(name, fill, x64):
     _, term, x, batch = prepared(name, reductions(name))
     wide = {
         k: jnp.concatenate([v, jnp.full_like(v[:4], fill if v.dtype.kind == "f" else 3)])
@@ -93,7 +80,7 @@ def test_datums_of_weight_zero_are_as_if_they_were_not_there(name, fill, x64, re
 
 
 @pytest.mark.parametrize("fill", [3.7, np.nan])
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_of_weight_zero_is_no_part_of_the_answer(name, fill, x64):
     _, term, x, batch = prepared(name, reductions(name))
     places = [2 + np.arange(n) for n in LENGTHS]

@@ -151,7 +151,9 @@ BAD_AT_SCALE = {
     "a floor under a norm": lambda p, b: jnp.sqrt(jnp.sum(p["w"] ** 2) + 1e-12),
     "squares of squares": lambda p, b: jnp.sqrt(jnp.sqrt(jnp.sum(p["w"] ** 4))),
     "a floored direction": lambda p, b: jnp.sum(
-        p["w"] / jnp.maximum(jnp.linalg.norm(p["w"], axis=0), 1e-8) * jnp.arange(12.0).reshape(3, 4)
+        p["w"]
+        / jnp.maximum(jnp.linalg.norm(p["w"], axis=0, keepdims=True), 1e-8)
+        * jnp.arange(12.0).reshape(3, 4)
     ),
 }
 
