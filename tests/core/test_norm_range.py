@@ -186,14 +186,18 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_a_norm_costs_no_further_pass():
-    """The bytes that the program with norms moves are those of the sum of squares in float32."""
+    """Beside the sum of squares in float32; a further pass would double the bytes that the program moves.
+
+    Where XLA writes the squares out (jax 0.10.1 does), float64 ones are twice as large: 5 to 3 in all.
+    """
     x = jnp.ones((64, 512))
 
     def moved(fn):
         return jax.jit(fn).lower(x).compile().cost_analysis()["bytes accessed"]
 
     squares = moved(lambda x: jnp.sqrt(jnp.sum(jnp.sum(jnp.square(x), axis=1))))
-    assert moved(lambda x: l2_norm([x])) <= 1.01 * squares + 4 * 64 * 4
+    written_out = squares > 2 * x.nbytes
+    assert moved(lambda x: l2_norm([x])) <= (1.7 if written_out else 1.01) * squares
 
 
 def test_a_backward_that_cannot_be_vmapped_names_what_helps():
