@@ -116,7 +116,7 @@ def test_a_thousand_ragged_batches_for_a_server_compile_at_most_twelve_programs(
         traces.append(batch.shape)
         return -batch.mean(x)
 
-    objective = jr.compose(loss, [dict(name="l2", fn=jr.regularizers.L2(), weight=0.1)])
+    objective = jr.compose(loss, [dict(name="l2", fn=jr.regularizers.L2(reduction="token_sum"), weight=0.1)])
     for i in range(1000):
         rows = int(rng.integers(1, 65))
         longest = int(rng.integers(1, 1025))  # so that short batches come, too

@@ -63,7 +63,7 @@ def test_the_server_gets_a_weight_for_every_token_of_a_datum_with_holes():
     client, data = Scripted(), make_data()
     for datum in data:
         datum.loss_fn_inputs["mask"] = np.arange(len(datum.model_input)) % 2 == 0
-    jr.client.forward_backward_custom(client, data, jr.losses.CrossEntropy()).result()
+    jr.client.forward_backward_custom(client, data, jr.losses.CrossEntropy(reduction="token_sum")).result()
     for sent, datum in zip(client.requests[-1][1], data, strict=True):
         mask, own = (datum.loss_fn_inputs[k] for k in ("mask", "weights"))
         np.testing.assert_array_equal(sent.loss_fn_inputs["weights"], mask * own)

@@ -51,17 +51,17 @@ def test_value_and_gradient_are_pytorchs(name, reduction, x64):
 
 SERVER = {
     "cross_entropy": (lambda: jr.losses.CrossEntropy(reduction="token_sum"), {}),
-    "importance_sampling": (lambda: jr.losses.ImportanceSampling(), {}),
-    "ppo": (lambda: jr.losses.PPO(low=0.9, high=1.1), {}),
+    "importance_sampling": (lambda: jr.losses.ImportanceSampling(reduction="token_sum"), {}),
+    "ppo": (lambda: jr.losses.PPO(low=0.9, high=1.1, reduction="token_sum"), {}),
     "ppo, wider": (
-        lambda: jr.losses.PPO(low=0.7, high=1.5),
+        lambda: jr.losses.PPO(low=0.7, high=1.5, reduction="token_sum"),
         {"clip_low_threshold": 0.7, "clip_high_threshold": 1.5},
     ),
     "cispo": (
-        lambda: jr.losses.CISPO(low=0.0, high=4.0),
+        lambda: jr.losses.CISPO(low=0.0, high=4.0, reduction="token_sum"),
         {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     ),
-    "dro": (lambda: jr.losses.DRO(beta=0.05), {"beta": 0.05}),
+    "dro": (lambda: jr.losses.DRO(beta=0.05, reduction="token_sum"), {"beta": 0.05}),
 }
 
 

@@ -67,25 +67,7 @@ def test_value_and_gradient_are_the_formulas(name, reduction, x64):
             close(got[index], (4 * slopes[0] - slopes[1]) / 3, rtol=1e-6, atol=1e-8)
 
 
-RATIOS = ["CISPO", "DRO", "ImportanceSampling", "KL, k3", "PPO"]
-BY_MASK = ["Consistency, cosine", "DPO", "GradientPenalty", "Length", "SimPO"]
-BY_MASK += [name for name in CASES if name.startswith("Orthogonality")]
-NOT_YET = (
-    dict.fromkeys(RATIOS, "a log-ratio of 100 overflows")
-    | dict.fromkeys(BY_MASK, "tokens or datums of weight 0 count")
-    | {"GSPO": "both", "Repetition, window": "holes in the mask use up the window"}
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET[name], strict=False))
-        if name in NOT_YET
-        else name
-        for name in sorted(CASES)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_the_contract(name):
     case, term, x, batch = prepared(name, "token_mean", np.float32)
     # Its own float32 noise would drown numerical differences; check_term takes them in float64.
