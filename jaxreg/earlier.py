@@ -18,7 +18,8 @@ SINCE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("CISPO", "DRO", "GSPO", "ImportanceSampling", "Focal", "Unlikelihood"), ("inputs", "targets")
     ),
-    "DPO": ("loss_type", "label_smoothing", "average_tokens"),
+    "DPO": ("loss_type", "label_smoothing", "average_tokens", "inputs", "targets"),
+    "SimPO": ("inputs", "targets"),
     **dict.fromkeys(("KLTopK", "ReverseKLTopK"), ("tail",)),
     "PPO": ("inputs", "targets", "dual_clip"),
     "Entropy": ("sampler", "inputs", "gradient"),

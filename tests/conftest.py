@@ -20,7 +20,8 @@ from jaxreg.testing import check_numerics
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
-collect_ignore = ["conftest.py"]  # for doctests it would be imported again, by a name that another one has
+# Pickles of an earlier release; and this file, which doctests would import again by a name that another has.
+collect_ignore = ["data", "conftest.py"]
 
 
 def pytest_sessionstart(session):

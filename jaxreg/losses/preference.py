@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.pairs import broken_pairs
-from jaxreg.batch.token_batch import TokenBatch, as_token_batch
-from jaxreg.terms.masked import check_choice, datums_that_count, logprob_values, not_infinite
+from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.terms.inputs import INPUTS, Inputs, sampled
+from jaxreg.terms.masked import check_choice, datums_that_count, not_infinite
 from jaxreg.terms.term import Source, needs, read_like, term
 
 Result = tuple[Array, dict[str, Array]]
@@ -42,6 +43,8 @@ class DPO:
       loss_type: **"sigmoid"** or ``"ipo"``.
       label_smoothing: ε, the share of pairs that may be the wrong way round, 0 … 0.5, **0**; with
         ``"sigmoid"`` only.
+      inputs: what x is: **"logprobs"** of the answers' tokens [B, T], or ``"logits"`` [B, T, V].
+      targets: for ``"logits"``, the name of the integer array of the answers' tokens.
       average_tokens: Δ is the weighted mean over a row's tokens, ``Σ w·(lp − ref) / Σ w``, **False**. Both
         papers sum; for IPO, TRL takes the mean: ``DPO(loss_type="ipo", average_tokens=True)``.
 
@@ -66,9 +69,12 @@ class DPO:
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
     average_tokens: bool = False
+    inputs: Inputs = "logprobs"
+    targets: str = "target_tokens"
 
     def __post_init__(self) -> None:
         _check_positive(self.beta, "DPO", "beta")
+        check_choice(self.inputs, INPUTS, "DPO", "inputs")
         check_choice(self.loss_type, ("sigmoid", "ipo"), "DPO", "loss_type")
         if not 0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"DPO: label_smoothing is within 0 … 0.5, got {self.label_smoothing!r}")
@@ -77,11 +83,11 @@ class DPO:
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T], B even."""
-        tokens, logprobs = _read(x, batch, "DPO")
+        tokens, logprobs = _read(x, batch, "DPO", self.inputs, self.targets)
         finite = not_infinite(logprobs)
         gap = logprobs
         if self.reference is not None:
-            reference = read_like(self.reference, tokens, x.shape, "DPO", "the reference", logprobs=True)
+            reference = read_like(self.reference, tokens, tokens.shape, "DPO", "the reference", logprobs=True)
             finite &= not_infinite(reference)
             gap = jnp.where(finite, logprobs, 0.0) - jnp.where(finite, reference, 0.0)
         gap = jnp.where(finite, gap, 0.0)
@@ -107,6 +113,7 @@ class SimPO:
     Args:
       beta: **2.0**.
       gamma: the target margin, **0.5**.
+      inputs, targets: as in `DPO`.
 
     Metrics: as in `DPO`, with rewards βm.
 
@@ -124,29 +131,31 @@ class SimPO:
 
     beta: float = 2.0
     gamma: float = 0.5
+    inputs: Inputs = "logprobs"
+    targets: str = "target_tokens"
 
     def __post_init__(self) -> None:
+        check_choice(self.inputs, INPUTS, "SimPO", "inputs")
         _check_positive(self.beta, "SimPO", "beta")
         if not math.isfinite(self.gamma):
             raise ValueError(f"SimPO: gamma is a finite number, got {self.gamma!r}")
 
     def __call__(self, x: Array, batch: PyTree) -> Result:
         """The loss of x [B, T], B even."""
-        tokens, logprobs = _read(x, batch, "SimPO")
+        tokens, logprobs = _read(x, batch, "SimPO", self.inputs, self.targets)
         finite = not_infinite(logprobs)
         rewards = self.beta * tokens.datum_means(jnp.where(finite, logprobs, 0.0))
         losses = -jax.nn.log_sigmoid(rewards[0::2] - rewards[1::2] - self.gamma)
         return _over_pairs(tokens, losses, rewards, "SimPO")
 
 
-def _read(x: Array, batch: PyTree, who: str) -> tuple[TokenBatch, Array]:
-    x = needs(x, 2, who, "logprobs [B, T]")
+def _read(x: Array, batch: PyTree, who: str, inputs: Inputs, targets: str) -> tuple[TokenBatch, Array]:
+    x = needs(x, 2, who, "logprobs [B, T]") if inputs == "logprobs" else needs(x, 3, who, "logits [B, T, V]")
     if x.shape[0] % 2:
         raise ValueError(
             f"{who}: rows alternate, chosen and rejected, so their number is even; got {x.shape[0]} rows"
         )
-    tokens = as_token_batch(batch, x, who)
-    return tokens, logprob_values(tokens, x, who)
+    return sampled(batch, x, who, inputs, targets)
 
 
 def _over_pairs(tokens: TokenBatch, losses: Array, rewards: Array, who: str) -> Result:

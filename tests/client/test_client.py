@@ -32,6 +32,7 @@ def local_logprobs(apply, params, data):
     return picked * mask
 
 
+@pytest.mark.filterwarnings("ignore::jaxreg.NormsNotComputedWarning")
 def test_steps_are_those_of_the_composed_objective_in_one_process():
     from jaxreg.client.language_model import small_model
 
@@ -76,6 +77,7 @@ def test_only_what_the_server_reads_is_sent():
     assert set(data[0].loss_fn_inputs) == {"target_tokens", "weights", "ref_logprobs", "advantage"}
 
 
+@pytest.mark.filterwarnings("ignore::jaxreg.NormsNotComputedWarning")
 def test_the_weights_that_are_sent_are_minus_the_gradient():
     client, data = Recorder(Scripted()), make_data()
     jr.client.forward_backward_custom(client, data, sft()).result()

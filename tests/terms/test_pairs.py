@@ -258,3 +258,26 @@ def test_a_reference_of_probabilities_is_refused():
     lp, _, _ = numbers(pairs=1)
     with pytest.raises(ValueError, match=r"DPO: .*the reference holds 0.9.*take their logarithm"):
         DPO(reference=jnp.full(lp.shape, 0.9))(jnp.asarray(lp), {})
+
+
+@pytest.mark.parametrize("loss", [jr.losses.DPO, jr.losses.SimPO])
+def test_of_logits_they_take_the_answers_tokens(loss):
+    rng = np.random.default_rng(5)
+    logits = jnp.asarray(rng.normal(size=(4, 3, 7)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 7, (4, 3)))
+    batch = jr.TokenBatch.from_arrays(
+        mask=np.array([[1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]], bool),
+        target_tokens=tokens,
+        ref_logprobs=jnp.asarray(-rng.uniform(0.1, 2, (4, 3)), jnp.float32),
+    )
+
+    def of_logprobs(logits):
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+        return loss()(logprobs, batch)[0]
+
+    value, slope = jax.value_and_grad(lambda x: loss(inputs="logits")(x, batch)[0])(logits)
+    right, expected = jax.value_and_grad(of_logprobs)(logits)
+    np.testing.assert_allclose(value, right, rtol=1e-6)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"logits \[B, T, V\], got shape \(4, 3\)"):
+        loss(inputs="logits")(logits[..., 0], batch)
