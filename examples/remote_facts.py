@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> list[jr.CustomLossOutput]:
         objective = jr.compose(
             jr.losses.CrossEntropy(reduction="token_mean"),
             [
-                jr.RegularizerSpec(name="entropy", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
+                jr.RegularizerSpec(name="focal", fn=jr.regularizers.Focal(), weight=0.01),
                 facts,
             ],
             track_grad_norms=True,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning through a remote API, held near the start: cross-entropy + KL to it − entropy.
+"""Supervised fine-tuning through a remote API, held near the start: cross-entropy + KL to it + focal loss.
 
 python examples/remote_finetune.py [--base-url URL --model NAME] [--steps N] [--check]
 """
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
         jr.losses.CrossEntropy(reduction="token_mean"),
         [
             jr.RegularizerSpec(name="kl", fn=jr.regularizers.KL(estimator="k2"), weight=0.02),
-            jr.RegularizerSpec(name="entropy", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
+            jr.RegularizerSpec(name="focal", fn=jr.regularizers.Focal(), weight=0.1),
         ],
         track_grad_norms=True,
     )

@@ -1,4 +1,4 @@
-"""Preference training through a remote API: DPO + KL to the reference + entropy, one weight on a schedule.
+"""Preference training through a remote API: DPO + KL to the reference + focal loss, one weight on a schedule.
 
 python examples/remote_preferences.py [--base-url URL --model NAME] [--steps N] [--check]
 """
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
                 fn=jr.regularizers.KL(estimator="k2"),
                 weight=optax.linear_schedule(0.0, 0.05, max(1, chosen.steps // 2)),
             ),
-            jr.RegularizerSpec(name="entropy", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
+            jr.RegularizerSpec(name="focal", fn=jr.regularizers.Focal(), weight=0.01),
         ],
         track_grad_norms=True,
     )

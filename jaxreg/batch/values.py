@@ -95,5 +95,6 @@ def refuse_positive(values: Array, who: str, what: str) -> None:
 
 def _not_logprobs(what: str, number: Any) -> str:
     return (
-        f"logprobs are ≤ 0, but {what} holds {number:.4g}; if these are probabilities, take their logarithm"
+        f"logprobs are ≤ 0, but {what} holds {number:.4g}; if these are probabilities, take their logarithm; "
+        f"if logits, say inputs='logits'"
     )

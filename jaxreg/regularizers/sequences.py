@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import as_token_batch
+from jaxreg.terms.inputs import target_index
 from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
@@ -68,11 +69,12 @@ class Repetition:
         said = read(self.tokens, tokens, "Repetition", "the tokens")
         if said.shape != tokens.shape:
             raise ValueError(f"Repetition: {self.tokens!r} has shape {said.shape}, but x has {x.shape}")
+        _, valid = target_index(tokens, self.tokens, x.shape, "Repetition")
         seen = _said_before(said, tokens.mask if self.context else counts(tokens), self.window, x.shape[-1])
         each = jnp.where(seen, -jnp.log(jnp.maximum(-jnp.expm1(log_p), self.floor)), 0.0)
         p = jnp.exp(log_p)
         mass = jnp.sum(jnp.where(seen, p, 0.0), axis=-1)
-        loss = reduce_tokens(tokens, jnp.sum(each, axis=-1), self.reduction)
+        loss = reduce_tokens(tokens, jnp.where(valid, jnp.sum(each, axis=-1), jnp.nan), self.reduction)
         return loss, {"mass": tokens.mean(mass)}
 
 

@@ -29,6 +29,8 @@ class Warnings:
                        sum of all terms' weighted norms) for ``share_steps`` steps
     ``nonfinite``      a number is not finite: with the terms, and, where the step's inputs are known (they
                        are with a remote model, and where the loop gives them to `log`), datum and token
+    ``impossible``     the base loss reports a mean negative log-likelihood (``nll``) below 0, which logprobs
+                       never give: x is of something else, such as probabilities or scores
     ``recompiles``     the same objective was compiled ``compiles`` times within ``compile_steps`` steps:
                        with what changed, shapes or functions
     ``stands_still``   the state that the objective is given has been that of one step for ``still_steps``
@@ -84,6 +86,7 @@ class Warnings:
             self._steps += 1
             report = event.metadata["report"]
             self._look_at_terms(report, event.step)
+            self._look_at_nll(report["base_loss"]["custom"].get("nll"), event.step)
             self._look_at_state(event.metadata.get("state_step"), event.step)
             self._look_at_numbers(report.get("nonfinite", []), event.step, event.metadata["inputs"])
         elif event.name == "custom_loss.exception":
@@ -120,6 +123,12 @@ class Warnings:
             return False
         self._lasting[kind, name] += 1
         return self._lasting[kind, name] == steps
+
+    def _look_at_nll(self, nll: float | None, step: int | None) -> None:
+        if self._lasts("impossible", BASE, nll is not None and nll < -1e-3, 1):
+            what = f"the mean negative log-likelihood is {nll:.4g}, below 0, so x holds no logprobs"
+            remedy = "of probabilities take the logarithm, of logits say inputs='logits'"
+            _tell("impossible", None, f"base loss: {what}; {remedy}", step)
 
     def _look_at_state(self, state_step: int | None, step: int | None) -> None:
         stands = state_step is not None and state_step == self._state_step

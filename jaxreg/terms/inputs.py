@@ -109,7 +109,7 @@ def token_logprobs(tokens: TokenBatch, x: Array, who: str, inputs: Inputs, targe
     if inputs == "logprobs":
         return negative(real_values(tokens, x, who), who)
     wide = real_values(tokens, fold(x, tokens, 1), who)
-    index, valid = _target_index(tokens, targets, jnp.shape(x), who)
+    index, valid = target_index(tokens, targets, jnp.shape(x), who)
     chosen = jnp.take_along_axis(wide, index[..., None], axis=-1)[..., 0]
     return jnp.where(valid, chosen - jax.nn.logsumexp(wide, axis=-1), jnp.nan)
 
@@ -169,7 +169,7 @@ def negative(logprobs: Array, who: str) -> Array:
     return logprobs
 
 
-def _target_index(tokens: TokenBatch, targets: str, shape: tuple[int, ...], who: str) -> tuple[Array, Array]:
+def target_index(tokens: TokenBatch, targets: str, shape: tuple[int, ...], who: str) -> tuple[Array, Array]:
     """[B, T] targets within 0 … V−1 (0 where nothing counts), and where they were so already."""
     if targets not in tokens:
         raise KeyError(f"{who}: the batch has no target tokens {targets!r}; it has {sorted(tokens)}")

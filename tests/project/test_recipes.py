@@ -8,9 +8,9 @@ import pytest
 from places import EXAMPLES
 
 RECIPES = {
-    "remote_finetune": {"kl", "entropy"},
+    "remote_finetune": {"kl", "focal"},
     "remote_open_character": {"chosen_nll", "log_ratio"},
-    "remote_preferences": {"kl", "entropy"},
+    "remote_preferences": {"kl", "focal"},
     "remote_distillation": set(),
     "remote_answers": set(),
 }

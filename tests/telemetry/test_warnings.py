@@ -127,3 +127,19 @@ class TestRecompiles:
 def test_wrong_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
         Warnings(**wrong)
+
+
+def test_a_likelihood_above_one_is_told_once():
+    objective = jr.compose(jr.losses.CrossEntropy())
+    batch = jr.TokenBatch.from_arrays(mask=jnp.ones((1, 2), bool))
+    told = []
+    with jr.telemetry.attached(jr.telemetry.Warnings(), told.append):
+        for step, x in enumerate([-0.5, 3e-4, 3e-4]):  # rounding may leave a logprob a little above 0
+            jr.telemetry.log(objective(jnp.full((1, 2), x), batch)[1], step=step)
+        _, out = objective(jnp.full((1, 2), -0.5), batch)
+        for step in (3, 4):
+            metrics = {"nll": jnp.float32(-0.25)}
+            jr.telemetry.log(out.replace(base_loss=out.base_loss.replace(custom=metrics)), step=step)
+    ((step, message),) = [(e.step, e.metadata["message"]) for e in told if e.name == "warning"]
+    assert step == 3
+    assert message.startswith("base loss: the mean negative log-likelihood is -0.25, below 0")

@@ -20,7 +20,7 @@ EDGES = [(0.8, 1.2), (1.0, 1.2), (0.8, 1.0), (1.0, 1.0)]
 def test_on_policy_it_is_the_policy_gradient(make, low, high, a):
     x = jnp.array([[-1.0, -0.3]])
     arrays = {"logprobs": x, "advantages": jnp.full((1, 2), a)}
-    term = make(low=low, high=high)
+    term = make(low=low, high=high, reduction="token_sum")
     for grad in (jax.grad, lambda f: jax.jit(jax.grad(f))):
         close(grad(lambda x: term(x, arrays)[0])(x), [[-a, -a]])
     assert float(term(x, arrays)[1]["clip_fraction"]) == 0
@@ -59,7 +59,9 @@ def test_dual_clip_is_the_formula(r, a):
 
 
 def test_l2_on_the_edge_of_its_clip():
-    slope = jax.grad(lambda x: R.L2(clip=2.0)(x, {})[0])(jnp.array([[2.0, -2.0, 2.5, 1.0]]))
+    slope = jax.grad(lambda x: R.L2(clip=2.0, reduction="token_sum")(x, {})[0])(
+        jnp.array([[2.0, -2.0, 2.5, 1.0]])
+    )
     close(slope, [[4.0, -4.0, 0.0, 2.0]])
 
 

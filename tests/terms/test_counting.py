@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import CASES, LENGTHS, B, T
-from test_library import prepared
+from prepared import prepared
 
 import jaxreg as jr
 
@@ -139,7 +139,9 @@ def test_reductions_of_one_number_a_datum():
 def test_weights_of_one_number_each_take_numbers_out_one_by_one():
     x = jnp.array([[[1.0, jnp.nan], [9.0, 2.0]]])
     batch = jr.TokenBatch.from_arrays(weights=jnp.array([[[1.0, 0.0], [0.0, 1.0]]]))
-    (value, metrics), slope = jax.value_and_grad(jr.regularizers.L2(), has_aux=True)(x, batch)
+    (value, metrics), slope = jax.value_and_grad(jr.regularizers.L2(reduction="token_sum"), has_aux=True)(
+        x, batch
+    )
     assert float(value) == 5.0
     assert slope.tolist() == [[[2.0, 0.0], [0.0, 4.0]]]
     (_, metrics), _ = jax.value_and_grad(jr.regularizers.L1(), has_aux=True)(x, batch)

@@ -43,16 +43,16 @@ def test_everything_is_finite(term, a):
 
 def test_the_clipped_side_is_exact_beside_an_overflow():
     x, s = [[-0.5, -1.0]], [[-100.0, -1.0]]
-    value, _, slope = run(L.PPO(), x, batch(s, 1.0))
+    value, _, slope = run(L.PPO(reduction="token_sum"), x, batch(s, 1.0))
     close(value, -2.2)
     close(slope, [[0.0, -1.0]])
-    value, _, slope = run(L.PPO(), x, batch(s, 0.0))
+    value, _, slope = run(L.PPO(reduction="token_sum"), x, batch(s, 0.0))
     assert value == 0
     assert not slope.any()
-    value, _, slope = run(L.PPO(dual_clip=3.0), x, batch(s, -1.0))
+    value, _, slope = run(L.PPO(dual_clip=3.0, reduction="token_sum"), x, batch(s, -1.0))
     close(value, 4.0)
     close(slope, [[0.0, 1.0]])
-    value, _, slope = run(L.GSPO(), [[-0.5, -0.5]], batch([[-300.0, -1.0]], 1.0))
+    value, _, slope = run(L.GSPO(reduction="token_sum"), [[-0.5, -0.5]], batch([[-300.0, -1.0]], 1.0))
     close(value, -2.4)
     assert not slope.any()
 
@@ -75,7 +75,9 @@ def test_beyond_it_the_ratio_saturates_without_a_gradient():
 
 def test_a_sum_of_large_ratios_saturates_and_keeps_its_gradient():
     x = jnp.full((1, 8), -1.0)
-    value, _, slope = run(L.ImportanceSampling(), x, batch(jnp.full((1, 8), -88.9), 1.0), norms=False)
+    value, _, slope = run(
+        L.ImportanceSampling(reduction="token_sum"), x, batch(jnp.full((1, 8), -88.9), 1.0), norms=False
+    )
     assert value == -np.finfo(np.float32).max
     close(slope, np.full((1, 8), -np.exp(np.float32(-1.0) + np.float32(88.9))), rtol=1e-4, atol=0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import CASES, MASK
-from test_library import REDUCTIONS, prepared
+from prepared import REDUCTIONS, prepared
 
 # Terms on tokens; those on pairs, on vectors and on lengths have their own files.
 OTHERS = ("DPO", "SimPO", "Length", "Consistency", "GradientPenalty", "Orthogonality", "Repetition")
