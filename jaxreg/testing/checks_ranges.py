@@ -25,7 +25,9 @@ def log_ratios(term: Subject) -> Iterator[str]:
         same = jnp.shape(array) == x.shape and jnp.issubdtype(jnp.result_type(array), jnp.floating)
         if not same:
             continue
-        are_logprobs = not any((np.asarray(a)[mask] > 0).any() for a in (x, array))
+        are_logprobs, its = (not (np.asarray(a)[mask] > 0).any() for a in (x, array))
+        if are_logprobs != its:
+            continue  # such as advantages: no log-ratio to x
         high, low = (-0.5, -100.5) if are_logprobs else (50.0, -50.0)
         for here, there in ((high, low), (low, high)):
             arrays = batch.arrays | {name: jnp.asarray(array).at[at].set(there)}

@@ -52,7 +52,8 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
     """Along random directions, one leaf at a time, in float64 for this block alone."""
     with jax.enable_x64(True):
         wide, batch = float64(term.x), float64(term.batch)
-        gradient = jax.tree.leaves(jax.grad(term.value)(wide, batch))
+        value = jax.jit(term.value)
+        gradient = jax.tree.leaves(jax.jit(jax.grad(term.value))(wide, batch))
         leaves: list[Array]
         treedef: Any
         leaves, treedef = jax.tree.flatten(wide)
@@ -65,9 +66,7 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
                 direction *= shaped(mask, direction.ndim)
             # A step of 1e-6: the difference's own error is near 1e-9 for a value and curvature near 1.
             shifted = [
-                term.value(
-                    treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), batch
-                )
+                value(treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), batch)
                 for s in (1e-6, -1e-6)
             ]
             numerical = float(shifted[0] - shifted[1]) / 2e-6

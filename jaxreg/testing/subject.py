@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +44,13 @@ class Subject:
 
     def answer(self, x: PyTree, batch: PyTree) -> Answer:
         """The value, the metrics and the gradient."""
-        (value, metrics), gradient = jax.value_and_grad(self.reported, has_aux=True)(x, batch)
+        (value, metrics), gradient = self._compiled(x, batch)
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
         return Answer(float(value), {name: float(metric) for name, metric in metrics.items()}, leaves)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return jax.jit(jax.value_and_grad(self.reported, has_aux=True))  # many answers are of one shape
 
     def paths(self) -> list[str]:
         """What the leaves of x are called."""
