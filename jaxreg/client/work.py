@@ -56,7 +56,7 @@ def prepare(
 def _check_groups(work: Work) -> None:
     """Refuse datums that do not come in the groups that a term wants, such as pairs, or only half of one."""
     plan, datums = work.compiled.plan, len(work.packed.data)
-    counts = np.asarray(work.packed.batch.counted).any(axis=1)[:datums]
+    counts = np.any(np.asarray(work.packed.batch.counted), axis=1)[:datums]
     for name, fn in zip(plan.names, plan.fns(work.compiled.leaves), strict=True):
         group = getattr(fn, "rows_together", 1)
         if datums % group:

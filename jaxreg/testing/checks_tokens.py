@@ -127,7 +127,7 @@ def weightless_tokens(term: Subject) -> Iterator[str]:
 def weightless_datums(term: Subject) -> Iterator[str]:
     """A datum whose tokens all have weight 0 is as good as absent."""
     groups = term.groups()
-    alive = _counted(term.batch).any(1)[groups].all(1)
+    alive = np.asarray(_counted(term.batch).any(1))[groups].all(1)
     if alive.sum() < 2:
         return
     chosen = np.flatnonzero(alive)[0]
