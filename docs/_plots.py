@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,5 +54,12 @@ def draw(name: str, path: Path) -> None:
         at.spines[["top", "right"]].set_visible(False)
     if any(label for label, _ in PLOTTED[name]):
         axes[0].legend(fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PLOTTED:
+        if not (folder / f"{name}.png").exists():
+            draw(name, folder / f"{name}.png")

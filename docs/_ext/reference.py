@@ -8,6 +8,7 @@ and is no part of the repository.
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sphinx.application import Sphinx
 DOCS = Path(__file__).parents[1]
 sys.path.insert(0, str(DOCS))
 
-from _plots import PLOTTED, draw  # noqa: E402
+from _plots import PLOTTED  # noqa: E402
 from public import MODULES, public_names  # noqa: E402
 
 GALLERY = {
@@ -53,6 +54,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def write_pages(app: Sphinx) -> None:
+    # By a process of its own: Sphinx forks, which one that has computed with JAX must not.
+    subprocess.run([sys.executable, str(DOCS / "_plots.py"), str(DOCS / "gallery" / "plots")], check=True)
     for module in GALLERY:
         _write(f"gallery/{module.rpartition('.')[2]}.md", gallery_page(module))
     for module in API:
@@ -66,16 +69,18 @@ def gallery_page(module: str) -> str:
     files: dict[str, list[str]] = {}
     for name, term in public_names(module):
         files.setdefault(term.__module__, []).append(name)
-    parts = [f"# {title}", lead, SHAPES, summary(module, [name for names in files.values() for name in names])]
+    parts = [
+        f"# {title}",
+        lead,
+        SHAPES,
+        summary(module, [name for names in files.values() for name in names]),
+    ]
     for file, names in files.items():
         head, *rest = (sys.modules[file].__doc__ or "").strip().split("\n")
         parts += [f"## {head.rstrip('.')}", rst("\n".join(rest).strip())]
         for name in names:
             parts += [f"### {name}", rst(f".. autoclass:: {module}.{name}\n   :no-index-entry:")]
             if name in PLOTTED:
-                path = DOCS / "gallery" / "plots" / f"{name}.png"
-                if not path.exists():
-                    draw(name, path)
                 parts.append(f"![Value and gradient of {name} for one token](plots/{name}.png)")
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -136,4 +141,3 @@ def _write(path: str, text: str) -> None:
     file.parent.mkdir(exist_ok=True)
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
-

@@ -34,8 +34,8 @@ def compose(
 
     Args:
       loss_fn: the base loss, ``fn(x, batch) -> value`` or ``(value, metrics)``.
-      regularizers: `RegularizerSpec`s, mappings with the keys ``fn``, ``weight`` and ``name``, or
-        `jaxreg.host.HostRegularizer`s.
+      regularizers: each a `RegularizerSpec`, a mapping with the keys ``fn``, ``weight`` and ``name``, or a
+        `jaxreg.host.HostRegularizer`.
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
         base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` (weight decay says
         so by itself) the params. Without it they all get x, whatever that is. It may take ``key`` by

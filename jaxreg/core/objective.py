@@ -92,7 +92,7 @@ class CompositeLoss:
     def eval_shape(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
     ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
-        """What `value_and_grad` would return, as `jax.ShapeDtypeStruct`s: nothing is computed or compiled.
+        """What `value_and_grad` would return, in `jax.ShapeDtypeStruct`: nothing is computed or compiled.
 
         Every term sees the shapes and the names, so what it refuses, it refuses here. Arguments as for
         calling the objective.

@@ -171,7 +171,7 @@ class WeightOrthogonality:
       params: which leaves; see the module.
       layers: which leading axes are layers, of which each has its own matrix; see the module.
 
-    Metrics: ``max_cosine``, the largest |G| off the diagonal of any matrix.
+    Metrics: ``max_cosine``, the largest ``|G|`` off the diagonal of any matrix.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr

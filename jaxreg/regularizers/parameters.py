@@ -29,7 +29,7 @@ class WeightL1:
     Args:
       params: which leaves; see the module.
 
-    Metrics: ``mean`` of |θ|. The subgradient at 0 is 0.
+    Metrics: ``mean`` of ``|θ|``. The subgradient at 0 is 0.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr

@@ -89,7 +89,7 @@ class Orthogonality:
       mode: see above.
       axis: **"rows"**, or ``"columns"``: X is transposed.
 
-    Metrics: ``max_cosine``, the largest |G| off the diagonal.
+    Metrics: ``max_cosine``, the largest ``|G|`` off the diagonal.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
