@@ -12,9 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sphinx.util.inventory import InventoryFile
-
 from public import MODULES, public_names
+from sphinx.util.inventory import InventoryFile
 
 DOCS = Path(__file__).parent
 SITE = DOCS / "_build" / "html"

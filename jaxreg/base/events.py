@@ -44,11 +44,20 @@ class Event:
     """One thing that happened.
 
     Attributes:
-      name: see the module's docstring.
+      name: what happened, such as ``custom_loss.stop``; the docstring of `jaxreg.base.events` lists them.
       step: the training step, or None where it is not known.
       time: seconds since 1970.
       measurements: numbers by name; durations are in seconds.
       metadata: everything else by name.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> def on_warning(event):
+      ...     if event.name == "warning":
+      ...         print(event.step, event.metadata["message"])
+      >>> with jr.telemetry.attached(on_warning):
+      ...     jr.telemetry.emit("warning", step=3, metadata={"kind": "mine", "message": "look here"})
+      3 look here
     """
 
     name: str
@@ -141,7 +150,13 @@ def attach(handler: H) -> H:
 
 
 def detach(handler: Handler) -> None:
-    """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored."""
+    """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> handler = jr.telemetry.attach(print)
+      >>> jr.telemetry.detach(handler)
+    """
     with _lock:
         while _untold:  # what happened before it goes
             _tell(_untold.popleft())
@@ -185,6 +200,12 @@ def emit(
 
     Where another thread is telling handlers just now, it tells this event, too: a host term in a compiled
     program must not wait for a handler that waits for that program.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> with jr.telemetry.attached(lambda event: print(event.name, dict(event.measurements))):
+      ...     jr.telemetry.emit("evaluated", step=100, measurements={"accuracy": 0.9})
+      evaluated {'accuracy': 0.9}
     """
     if not _attached:
         return

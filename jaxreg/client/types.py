@@ -32,7 +32,13 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class AdamParams:
-    """Settings of one AdamW step, with the remote API's names and defaults."""
+    """Settings of one AdamW step, with the remote API's names and defaults.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> jr.client.AdamParams(learning_rate=3e-4, grad_clip_norm=1.0).beta2
+      0.95
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9

@@ -48,7 +48,7 @@ class RegularizerSpec:
     Args:
       name: unique in its objective; it names the term in every report. Printable, without ``/`` and
         ``:`` (they separate the parts of the flat metric names).
-      fn: the term, ``fn(x, batch) -> value`` or ``(value, metrics)``; see the module's docstring.
+      fn: the term, ``fn(x, batch) -> value`` or ``(value, metrics)``; it may ask for ``key`` and ``state``.
       weight: a finite number ≥ 0, a scalar array, or a schedule ``step -> weight`` such as optax's.
         Where a schedule goes below 0 by more than rounding (1e-6), the term's weight is NaN, and the
         output names it among what is not finite.

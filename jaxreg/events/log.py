@@ -17,7 +17,14 @@ from jaxreg.core.spec import RESERVED_METRICS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a step was computed from, for the flight recorder. References, not copies."""
+    """What a step was computed from, for the flight recorder. References, not copies.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> objective, x = jr.compose(lambda x, batch: jnp.sum(x**2)), jnp.ones(3)
+      >>> loss, out = objective(x)
+      >>> jr.telemetry.log(out, step=0, inputs=jr.telemetry.Inputs(objective, x))
+    """
 
     objective: Any
     x: PyTree

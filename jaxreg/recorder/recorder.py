@@ -232,6 +232,16 @@ def read_recording(
     Raises:
       OSError: the file cannot be read.
       ValueError: it is no flight recording, or one of a later version.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jaxreg as jr
+      >>> objective, x = jr.compose(lambda x, batch: jnp.sum(jnp.log(x))), jnp.zeros(1)
+      >>> with jr.telemetry.attached(jr.telemetry.FlightRecorder(tempfile.mkdtemp())) as (recorder,):
+      ...     loss, out = objective(x)
+      ...     jr.telemetry.log(out, step=7, inputs=jr.telemetry.Inputs(objective, x))
+      >>> (recorded,) = jr.telemetry.read_recording(recorder.written[0])
+      >>> recorded.step
+      7
     """
     path = Path(path)
     if path.stat().st_size > max_bytes:
