@@ -80,8 +80,8 @@ def write_pages(app: Sphinx) -> None:
 
 def gallery_page(module: str) -> str:
     """Terms by the files that they stand in, each under what the file says of all."""
-    title, lead = GALLERY[module]
-    files: dict[str, list[str]] = {}
+    title, lead, order = GALLERY[module]
+    files: dict[str, list[str]] = {f"{module}.{file}": [] for file in order}
     for name, term in public_names(module):
         files.setdefault(term.__module__, []).append(name)
     parts = [
@@ -91,8 +91,8 @@ def gallery_page(module: str) -> str:
         summary(module, [name for names in files.values() for name in names]),
     ]
     for file, names in files.items():
-        head, *rest = (sys.modules[file].__doc__ or "").strip().split("\n")
-        parts += [f"## {head.rstrip('.')}", rst("\n".join(rest).strip())]
+        heading = file.rpartition(".")[2].capitalize()
+        parts += [f"## {heading}", rst((sys.modules[file].__doc__ or "").strip())]
         for name in names:
             parts += [f"### {name}", rst(f".. autoclass:: {module}.{name}\n   :no-index-entry:")]
             if name in PLOTTED:
