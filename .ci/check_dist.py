@@ -9,15 +9,7 @@ import tarfile
 import zipfile
 
 IN_SDIST = ("jaxreg", "tests", "benchmarks", "examples", "docs")
-BESIDE = {
-    "README.md",
-    "CHANGELOG.md",
-    "LICENSE",
-    "CITATION.cff",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "pyproject.toml",
-}
+BESIDE = ("README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
 MADE = {"PKG-INFO", ".gitignore"}  # by the builder
 
 
@@ -26,7 +18,7 @@ def main(paths: list[str]) -> int:
         "\n"
     )
     package = {path for path in tracked if path.startswith("jaxreg/")}
-    source = {path for path in tracked if path.split("/")[0] in IN_SDIST} | BESIDE
+    source = {path for path in tracked if path.split("/")[0] in IN_SDIST} | {*BESIDE, "pyproject.toml"}
     faults = []
     for path in paths:
         if path.endswith(".whl"):
