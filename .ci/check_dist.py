@@ -15,9 +15,7 @@ MADE = {"PKG-INFO", ".gitignore"}  # by the builder
 
 def main(paths: list[str]) -> int:
     """Print what is wrong; the exit status is 0 where nothing is."""
-    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    tracked = subprocess.check_output(["git", "ls-files"], text=True).splitlines()
     package = {path for path in tracked if path.startswith("jaxreg/")}
     source = {path for path in tracked if path.split("/")[0] in IN_SDIST} | {*BESIDE, "pyproject.toml"}
     faults = []
