@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxreg.watching.run import Run
-from jaxreg.watching.scales import Choice, Scale, bounded
+from jaxreg.watching.scales import Choice, Scale, bounded, symmetric
 
 MARKS = {"error": "exception", "warning": "warning", "nonfinite": "not finite"}
 
@@ -74,14 +74,20 @@ def lines_chart(
     name: str, heading: str, says: str, unit: str, choose: Choice, panels: Sequence[Panel]
 ) -> Chart | None:
     """A chart of lines whose panels share their axes; None where there is no number."""
-    panels = [dataclasses.replace(panel, lines=with_turns(shown(panel.lines))) for panel in panels]
+    panels = [dataclasses.replace(panel, lines=shown(panel.lines)) for panel in panels]
     lines = [line for panel in panels for line in panel.lines]
     if not lines:
         return None
     scale = choose([line.y for line in lines])
+    panels = [dataclasses.replace(panel, lines=with_turns(panel.lines, scale)) for panel in panels]
     many = len(panels) > 1
     notes = [note for panel in panels for note in notes_of(panel, scale, panel.title if many else "")]
     return Chart(name, heading, says, unit, scale, tuple(panels), notes=tuple(dict.fromkeys(notes)))
+
+
+def panel_scale(chart: Chart, panel: Panel) -> Scale:
+    """That of the chart, or of a small panel its own."""
+    return symmetric([line.y for line in panel.lines]) if chart.small else chart.scale
 
 
 def shown(lines: Sequence[Line]) -> tuple[Line, ...]:
@@ -90,22 +96,26 @@ def shown(lines: Sequence[Line]) -> tuple[Line, ...]:
     return tuple(dataclasses.replace(line, y=bounded(line.y)) for line in there)
 
 
-def with_turns(lines: Sequence[Line]) -> tuple[Line, ...]:
+def with_turns(lines: Sequence[Line], scale: Scale) -> tuple[Line, ...]:
     """The lines; where some are equal in half of their steps or more, each knows its turn.
 
     Example:
       >>> x, y = np.arange(3), np.ones(3)
-      >>> [line.turn for line in with_turns([Line("a", x, y, 0), Line("b", x, 2 * y, 1), Line("c", x, y, 2)])]
+      >>> lines = [Line("a", x, y, 0), Line("b", x, 2 * y, 1), Line("c", x, y, 2)]
+      >>> [line.turn for line in with_turns(lines, Scale())]
       [(0, 2), (0, 1), (1, 2)]
     """
-    turns = {i: (turn, len(group)) for group in _alike(lines) for turn, i in enumerate(group)}
+    turns = {i: (turn, len(group)) for group in _alike(lines, scale) for turn, i in enumerate(group)}
     return tuple(dataclasses.replace(line, turn=turns[i]) for i, line in enumerate(lines))
 
 
-def _alike(lines: Sequence[Line]) -> list[list[int]]:
+def _alike(lines: Sequence[Line], scale: Scale) -> list[list[int]]:
     """The lines' places, those of lines that hide one another together."""
     groups: list[list[int]] = []
     for i, line in enumerate(lines):
+        if scale.kind == "log" and not (line.y > 0).any():
+            groups.append([i])  # not drawn at all
+            continue
         for group in groups:
             if _equal(lines[group[0]], line):
                 group.append(i)
@@ -124,7 +134,7 @@ def _equal(a: Line, b: Line) -> bool:
 def notes_of(panel: Panel, scale: Scale, where: str = "") -> list[str]:
     """What the panel's lines hide: others that are equal, and zeros where the scale has none."""
     place = f"{where}: " if where else ""
-    alike = [[panel.lines[i].label for i in group] for group in _alike(panel.lines) if len(group) > 1]
+    alike = [[panel.lines[i].label for i in group] for group in _alike(panel.lines, scale) if len(group) > 1]
     notes = [f"{place}equal, and drawn in turns: {', '.join(names)}." for names in alike]
     if scale.kind != "log":
         return notes

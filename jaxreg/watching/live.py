@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxreg.watching.charts import MARKS, Chart, Line, marks
+from jaxreg.watching.charts import MARKS, Chart, Line, marks, panel_scale
 from jaxreg.watching.run import Run
-from jaxreg.watching.scales import symmetric
 from jaxreg.watching.style import DASHES, INK, LIGHT, OTHERS, Style
 from jaxreg.watching.words import shown
 
@@ -131,7 +130,7 @@ def _marks(run: Run) -> dict[str, list[int]]:
 def _chart(chart: Chart, pool: _Pool) -> dict[str, Any]:
     panels = []
     for panel in chart.panels:
-        scale = symmetric([line.y for line in panel.lines]) if chart.small else chart.scale
+        scale = panel_scale(chart, panel)
         panels.append(
             {
                 "title": shown(panel.title, 200),

@@ -111,6 +111,26 @@
     return panel.kind === "symlog" ? [away(min, false), away(max, true)] : padded(min, max);
   }
 
+  // Powers of ten between the ends, and steps between where there are few of them.
+  function splits(panel, low, high, most) {
+    const symmetric = panel.kind === "symlog", sides = [[1, symmetric ? panel.threshold : low, high]];
+    if (symmetric && low < 0) sides.push([-1, panel.threshold, -low]);
+    let found = [];
+    for (const factors of [[1], [1, 2, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
+      found = symmetric && low <= 0 ? [0] : [];
+      for (const [sign, begin, end] of sides)
+        for (let decade = Math.floor(Math.log10(begin)); begin <= end && decade <= Math.log10(end); decade++)
+          for (const factor of factors) {
+            const value = Number(`${factor}e${decade}`);
+            if (value >= 0.999 * begin && value <= end) found.push(sign * value);
+          }
+      if (found.length >= 3) break;
+    }
+    found.sort((a, b) => a - b);
+    const stride = Math.ceil(found.length / most), middle = Math.max(found.indexOf(0), 0);
+    return found.filter((_, i) => (i - middle) % stride === 0);
+  }
+
   // As they are drawn: a logarithm has no 0, and areas stand on one another, the highest first.
   function drawn(panel) {
     const { lines, kind } = panel;
@@ -169,10 +189,12 @@
     const axis = { stroke: () => css("soft"), grid: { stroke: () => css("line"), width: 1 }, ticks: { show: false } };
     const font = "12px system-ui, sans-serif";
     const log = panel.kind === "log" ? 3 : panel.kind === "symlog" ? 4 : 1;
+    const most = chart.small ? 4 : 8;
+    const heights = log > 1 ? { filter: (_, at) => at, splits: (_, __, low, high) => splits(panel, low, high, most) } : {};
     return {
       width: box.clientWidth,
       height: chart.small ? 170 : 300,
-      padding: [panel.runs.length ? 16 : 8, 12, 0, 0],
+      padding: [panel.runs.length ? 16 : 8, 22, 0, 0],
       legend: { show: false },
       focus: { alpha: 0.25 },
       cursor: {
@@ -193,7 +215,7 @@
       },
       axes: [
         { ...axis, font, size: 34, values: (_, at) => at.map((v) => (v === Math.round(v) ? many(v) : "")) },
-        { ...axis, font, size: 66, values: (_, at) => at.map((v) => (v === null ? "" : number(v) + (panel.kind === "share" ? " %" : ""))) },
+        { ...axis, font, size: 66, ...heights, values: (_, at) => at.map((v) => (v === null ? "" : number(v) + (panel.kind === "share" ? " %" : ""))) },
       ],
       series: [{}, ...series(panel)],
       hooks: {
