@@ -112,12 +112,12 @@ def with_turns(lines: Sequence[Line], scale: Scale) -> tuple[Line, ...]:
 def _alike(lines: Sequence[Line], scale: Scale) -> list[list[int]]:
     """The lines' places, those of lines that hide one another together."""
     groups: list[list[int]] = []
+    seen = [np.where(line.y > 0, line.y, np.nan) if scale.kind == "log" else line.y for line in lines]
     for i, line in enumerate(lines):
-        if scale.kind == "log" and not (line.y > 0).any():
-            groups.append([i])  # not drawn at all
-            continue
         for group in groups:
-            if _equal(lines[group[0]], line):
+            first = group[0]
+            same_steps = line.x is lines[first].x or np.array_equal(line.x, lines[first].x)
+            if same_steps and _equal(seen[first], seen[i]):
                 group.append(i)
                 break
         else:
@@ -125,10 +125,9 @@ def _alike(lines: Sequence[Line], scale: Scale) -> list[list[int]]:
     return groups
 
 
-def _equal(a: Line, b: Line) -> bool:
-    if a.x is not b.x and not np.array_equal(a.x, b.x):
-        return False
-    return 2 * int((a.y == b.y).sum()) >= max(np.isfinite(a.y).sum(), np.isfinite(b.y).sum(), 1)
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether in half of their numbers or more."""
+    return 2 * int((a == b).sum()) >= max(np.isfinite(a).sum(), np.isfinite(b).sum(), 1)
 
 
 def notes_of(panel: Panel, scale: Scale, where: str = "") -> list[str]:

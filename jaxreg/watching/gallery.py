@@ -53,6 +53,13 @@ def contributions(runs: Sequence[Run]) -> Chart | None:
     return _by_run(runs, "contributions", "Contributions", says, "weight · value", "contribution", symmetric)
 
 
+def nothing(runs: Sequence[Run]) -> Chart:
+    """A chart of runs in which no number is finite: what happened is marked, all the same."""
+    panels = tuple(Panel(run.name if len(runs) > 1 else "", (), (run,)) for run in runs)
+    says = "No number of the run is finite."
+    return Chart("contributions", "Contributions", says, "weight · value", Scale(), panels, notes=(says,))
+
+
 def values(runs: Sequence[Run]) -> Chart | None:
     """What every term measures."""
     says = "What every term measures, before its weight."

@@ -12,22 +12,25 @@ from typing import Any
 import numpy as np
 
 from jaxreg.watching.charts import MARKS, Chart, Line, marks, panel_scale
+from jaxreg.watching.curves import thin
 from jaxreg.watching.run import Run
 from jaxreg.watching.style import DASHES, INK, LIGHT, OTHERS, Style
+from jaxreg.watching.summary import last
 from jaxreg.watching.words import shown
 
-MOST, LEAST = 2000, 200  # points of a line
-BUDGET = 250_000  # points of all lines: 1.3 MB
+MOST, LEAST = 2000, 100  # points of a line
+ROOM = 1_200_000  # bytes for all lines
+BYTES = 16 / 3  # of a point in base64
 MOST_MARKS = 300  # of a kind
 
 
-def data(charts: Sequence[Chart]) -> str:
-    """The charts as JSON that can stand in a script element.
+def data(charts: Sequence[Chart], room: int = ROOM) -> str:
+    """The charts as JSON that can stand in a script element, in about so many bytes.
 
-    A line of more steps than it may have points keeps the least and the greatest of every few steps, so no
-    spike is lost. Numbers are float32, little-endian, in base64; equal lines stand there once.
+    A line of more steps than it may have points keeps the least and the greatest of every few steps, so that
+    no spike is lost; an area keeps their mean. Numbers are float32, little-endian, in base64; equal lines stand there once.
     """
-    pool = _Pool(charts)
+    pool = _Pool(charts, room)
     found = {
         "marks": [_marks(run) for run in pool.runs],
         "charts": [_chart(chart, pool) for chart in charts],
@@ -81,26 +84,35 @@ def decimated(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np
     return np.stack([x[starts], x[(starts + ends) // 2]], axis=1).ravel(), pairs.ravel()
 
 
+def averaged(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """The line in at most so many points: every few steps' mean, at their first."""
+    if len(x) <= points:
+        return x, y
+    starts = np.arange(points) * len(x) // points
+    return x[starts], thin(x, y, points).mean
+
+
 class _Pool:
     """The numbers of all charts, each line's once."""
 
-    def __init__(self, charts: Sequence[Chart]) -> None:
+    def __init__(self, charts: Sequence[Chart], room: int) -> None:
         panels = [panel for chart in charts for panel in chart.panels]
         self.runs: list[Run] = list({id(run): run for panel in panels for run in panel.runs}.values())
         lines = {_key(line) for panel in panels for line in panel.lines}
-        self._points = max(LEAST, min(MOST, BUDGET // max(1, len(lines))))
+        self._points = max(LEAST, min(MOST, int(room / BYTES) // max(1, len(lines))))
         self.x: list[Any] = []
         self.y: list[Any] = []
         self._places: dict[Any, tuple[int, int]] = {}
-        self._steps: dict[bytes, int] = {}
+        self._steps: dict[tuple[bytes, bool], int] = {}
 
-    def add(self, line: Line) -> tuple[int, int]:
-        """The places of its steps and its numbers."""
-        if (key := _key(line)) not in self._places:
-            x, y = decimated(line.x, line.y, self._points)
-            known = self._steps.setdefault(x.tobytes(), len(self.x))
+    def add(self, line: Line, area: bool) -> tuple[int, int]:
+        """The places of its steps and its numbers. Areas are means, which add up; lines keep their spikes."""
+        if (key := (*_key(line), area)) not in self._places:
+            x, y = (averaged if area else decimated)(line.x, line.y, self._points)
+            known = self._steps.setdefault((x.tobytes(), area), len(self.x))
             if known == len(self.x):
-                self.x.append(_steps(x, len(x) < len(line.x)))
+                few = len(x) < len(line.x)
+                self.x.append(_steps(x) | {"n": len(x), "few": few, "pairs": few and not area})
             self._places[key] = known, len(self.y)
             self.y.append(_numbers(y))
         return self._places[key]
@@ -110,11 +122,11 @@ def _key(line: Line) -> tuple[bytes, bytes]:
     return line.x.tobytes(), line.y.tobytes()
 
 
-def _steps(x: np.ndarray, pairs: bool) -> dict[str, Any]:
+def _steps(x: np.ndarray) -> dict[str, Any]:
     apart = np.diff(x)
     if len(x) > 2 and (apart == apart[0]).all():
-        return {"from": int(x[0]), "by": int(apart[0]), "n": len(x), "pairs": pairs}
-    return {"steps": x.tolist(), "n": len(x), "pairs": pairs}
+        return {"from": int(x[0]), "by": int(apart[0])}
+    return {"steps": x.tolist()}
 
 
 def _numbers(y: np.ndarray) -> str | float:
@@ -137,17 +149,24 @@ def _chart(chart: Chart, pool: _Pool) -> dict[str, Any]:
                 "runs": [i for i, run in enumerate(pool.runs) if any(run is own for own in panel.runs)],
                 "kind": scale.kind,
                 "threshold": scale.threshold,
-                "lines": [_line(line, pool) for line in panel.lines],
+                "lines": [_line(line, pool, scale.kind == "share") for line in panel.lines],
             }
         )
     return {"name": chart.name, "unit": chart.unit, "small": chart.small, "panels": panels, "marks": MARKS}
 
 
-def _line(line: Line, pool: _Pool) -> dict[str, Any]:
-    x, y = pool.add(line)
-    dash = DASHES[Style.of(line.index, LIGHT).dash]
-    return {"label": shown(line.label, 200), "color": color_name(line.index), "dash": dash, "turn": line.turn,
-            "wide": line.index < 0, "x": x, "y": y}  # fmt: skip
+def _line(line: Line, pool: _Pool, area: bool) -> dict[str, Any]:
+    x, y = pool.add(line, area)
+    return {
+        "label": shown(line.label, 200),
+        "color": color_name(line.index),
+        "dash": DASHES[Style.of(line.index, LIGHT).dash],
+        "turn": line.turn,
+        "wide": line.index < 0,
+        "last": last(line.y),
+        "x": x,
+        "y": y,
+    }
 
 
 def color_name(index: int) -> str:

@@ -22,6 +22,7 @@ from jaxreg.watching.words import duration, escaped, number, percent, when
 
 MOST_NOTES = 50  # of a kind; the rest is counted
 LONGEST = 400  # characters of a message
+LARGEST = 2_850_000  # bytes of a page, where its pictures leave room for its numbers
 HOW_TO = (
     "Point at a chart to read its numbers. Drag to zoom; a double click or Esc shows all steps again. Click a "
     "name to hide it, with Shift to see it alone. With the keyboard: Tab to a chart, arrows to move, Shift for "
@@ -52,6 +53,7 @@ class Page:
             if part
         )
         scripts = live.scripts()
+        numbers = live.data(self._charts, min(live.ROOM, LARGEST - len(body) - sum(map(len, scripts))))
         policy = (
             "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
             f"script-src {' '.join(map(live.digest, scripts))}"
@@ -63,7 +65,7 @@ class Page:
             '<meta name="color-scheme" content="light dark">\n'
             f"<title>{escaped(self._title)} · jaxreg</title>\n<style>\n{style_sheet()}</style>\n</head>\n"
             f"<body>\n{body}\n</main>\n"
-            f'<script type="application/json" id="numbers">{live.data(self._charts)}</script>\n'
+            f'<script type="application/json" id="numbers">{numbers}</script>\n'
             + "".join(f"<script>{script}</script>\n" for script in scripts)
             + "</body>\n</html>\n"
         )
@@ -107,14 +109,13 @@ class Page:
     def _figure(self, chart: Chart) -> str:
         """A picture, which the script replaces by a chart that one can point at."""
         light, dark = map(data_uri, self._pictures[chart.name])
-        notes = "".join(f"<li>{escaped(sentence(note), 4000)}</li>" for note in chart.notes)
+        notes = "".join(f'<p class="hidden">{escaped(sentence(note), 4000)}</p>\n' for note in chart.notes)
         return (
             f'<section>\n<h2>{chart.heading}</h2>\n<p class="says">{chart.says}</p>\n'
             f'<figure class="plot" id="chart-{chart.name}"><picture>'
             f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{escaped(alt(chart, self._runs), LONGEST)}"></picture></figure>\n'
-            + (f'<ul class="hidden">{notes}</ul>\n' if notes else "")
-            + "</section>"
+            f"{notes}</section>"
         )
 
     def _notes(self, run: Run) -> str:

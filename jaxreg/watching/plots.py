@@ -165,6 +165,7 @@ def _fill(axes: Any, panel: Panel, scale: Scale, small: bool) -> None:
 def _finish(chart: Chart, drawn: Sequence[Any]) -> None:
     """What needs to know all that is drawn: the ends of the axes, and marks above them."""
     steps = [line.x for panel in chart.panels for line in panel.lines]
+    steps += [run.steps for panel in chart.panels for run in panel.runs]
     first, last = min(int(x[0]) for x in steps), max(int(x[-1]) for x in steps)
     edge = max(0.01 * (last - first), 0.5, 1e-6 * max(abs(first), abs(last)))
     drawn[0].set_xlim(first - edge, last + edge)
@@ -211,7 +212,7 @@ def plot(path: str | os.PathLike[str], picture: str | os.PathLike[str] = "terms.
     """
     runs = [read_run(path)]
     charts = [chart for make in (gallery.contributions, gallery.norms) if (chart := make(runs)) is not None]
-    png, _ = Drawing(*map(_titled, charts)).pngs()
+    png, _ = Drawing(*map(_titled, charts or [gallery.nothing(runs)])).pngs()
     picture = Path(picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(png)

@@ -60,7 +60,7 @@
   // A line's number at a step; of steps that share their points, the least and the greatest.
   function said(line, step, kind) {
     const x = steps(line.x), unit = kind === "share" ? " %" : "";
-    if (step === null) step = x[x.length - 1];
+    if (step === null) return number(line.last) + unit;
     if (step > x[x.length - 1] || step < x[0]) return "–";
     const at = nearest(x, step);
     if (!page.x[line.x].pairs) return number(line.values[at]) + (line.values[at] === null ? "" : unit);
@@ -79,7 +79,7 @@
     return made;
   }
 
-  function key(line, parent, area) {
+  function key(line, parent, area, title) {
     const button = element("button", "key", parent);
     button.type = "button";
     button.setAttribute("aria-pressed", "true");
@@ -88,7 +88,7 @@
     const path = sample.querySelector("path");
     path.setAttribute("class", line.color + (area ? " area" : ""));
     if (!area) path.setAttribute("stroke-dasharray", line.dash.join(" "));
-    element("span", "name", button, line.label).title = line.label;
+    element("span", "name", button, line.label || title).title = line.label || title;
     return { button, value: element("span", "value", button) };
   }
 
@@ -247,7 +247,7 @@
 
   function tell(panel, step) {
     const x = page.x[panel.lines[0].x];
-    const at = step === null ? "at the end" : x.pairs ? `around step ${many(step)}` : `step ${many(step)}`;
+    const at = step === null ? "at the end" : x.few ? `around step ${many(step)}` : `step ${many(step)}`;
     if (panel.told === at) return;
     panel.told = at;
     panel.step.textContent = at;
@@ -286,7 +286,7 @@
       event.preventDefault();
       const at = (plot.cursor.idx ?? (by > 0 ? -1 : x.length)) + by * (event.shiftKey ? 10 : 1);
       const left = plot.valToPos(x[Math.min(Math.max(at, 0), x.length - 1)], "x");
-      plot.setCursor({ left, top: plot.over.clientHeight / 2 }, true, true);
+      plot.setCursor({ left, top: 0 }, true, true);
     });
   }
 
@@ -309,7 +309,7 @@
         line.values = numbers(line);
         line.shown = true;
         line.extent = extentOf(line.values, panel.kind === "log");
-        line.key = key(line, names, panel.kind === "share");
+        line.key = key(line, names, panel.kind === "share", panel.title);
       }
       const plot = new uPlot(options(chart, panel, box), drawn(panel), box);
       plots.push(plot);
