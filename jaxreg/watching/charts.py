@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxreg.watching.names import shortened
 from jaxreg.watching.run import Run
 from jaxreg.watching.scales import Choice, Scale, bounded, symmetric
 
@@ -58,6 +59,7 @@ class Chart:
       panels: one, or one a run with the same axes, or many small ones.
       small: whether each panel has axes of its own.
       notes: what cannot be seen.
+      choose: what gives each small panel its scale.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Chart:
     panels: tuple[Panel, ...]
     small: bool = False
     notes: tuple[str, ...] = ()
+    choose: Choice = symmetric
 
 
 def lines_chart(
@@ -87,7 +90,7 @@ def lines_chart(
 
 def panel_scale(chart: Chart, panel: Panel) -> Scale:
     """That of the chart, or of a small panel its own."""
-    return symmetric([line.y for line in panel.lines]) if chart.small else chart.scale
+    return chart.choose([line.y for line in panel.lines]) if chart.small else chart.scale
 
 
 def shown(lines: Sequence[Line]) -> tuple[Line, ...]:
@@ -133,18 +136,31 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 def notes_of(panel: Panel, scale: Scale, where: str = "") -> list[str]:
     """What the panel's lines hide: others that are equal, and zeros where the scale has none."""
     place = f"{where}: " if where else ""
-    alike = [[panel.lines[i].label for i in group] for group in _alike(panel.lines, scale) if len(group) > 1]
-    notes = [f"{place}equal, and drawn in turns: {', '.join(names)}." for names in alike]
+    labels = shortened([line.label for line in panel.lines])
+    alike = [[labels[i] for i in group] for group in _alike(panel.lines, scale) if len(group) > 1]
+    notes = [f"{place}equal, and drawn in turns: {listed(names)}." for names in alike]
     if scale.kind != "log":
         return notes
-    zeros = [(line.label, int((line.y == 0).sum()), int(np.isfinite(line.y).sum())) for line in panel.lines]
+    counts = [(int((line.y == 0).sum()), int(np.isfinite(line.y).sum())) for line in panel.lines]
+    zeros = [(label, *count) for label, count in zip(labels, counts, strict=True)]
     always = [name for name, count, steps in zeros if count == steps]
     if always:
-        notes.append(f"{place}exactly 0 throughout, for which this scale has no place: {', '.join(always)}.")
+        notes.append(f"{place}exactly 0 throughout, for which this scale has no place: {listed(always)}.")
     some = [f"{name} (in {count:,} of {steps:,})" for name, count, steps in zeros if 0 < count < steps]
     if some:
-        notes.append(f"{place}exactly 0 in some steps, where the line is broken: {', '.join(some)}.")
+        notes.append(f"{place}exactly 0 in some steps, where the line is broken: {listed(some)}.")
     return notes
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The names, or the first of them and how many more there are.
+
+    Example:
+      >>> listed(["a", "b"]), listed(["a", "b", "c", "d"], 2)
+      ('a, b', 'a, b and 2 more')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def marks(run: Run) -> dict[str, list[int]]:

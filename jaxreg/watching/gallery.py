@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxreg.core.spec import BASE
 from jaxreg.watching import style
-from jaxreg.watching.charts import Chart, Line, Panel, lines_chart, shown
+from jaxreg.watching.charts import Chart, Line, Panel, lines_chart, listed, shown
 from jaxreg.watching.metrics import metrics
 from jaxreg.watching.run import Run
 from jaxreg.watching.scales import Choice, Scale, logarithmic, symmetric
@@ -119,12 +119,12 @@ def compared(runs: Sequence[Run]) -> Chart | None:
     panels = []
     for name in (BASE, *terms_of(runs)):
         lines = [Line(r.name, r.steps, r.of(name, "contribution"), i) for i, r in enumerate(runs)]
-        if kept := shown(lines):
-            panels.append(Panel(called(name), kept, ()))
+        if known := shown(lines):
+            panels.append(Panel(called(name), known, ()))
     says = "What every term adds to the loss, the runs over one another. Each panel has a scale of its own."
     unit, heading = "weight · value", "Contributions, term by term"
     left = [panel.title for panel in panels[MOST_SMALL:]]
-    notes = (f"in the tables only: {', '.join(left)}.",) if left else ()
+    notes = (f"in the tables only: {listed(left)}.",) if left else ()
     kept = tuple(panels[:MOST_SMALL])
     return Chart("compared", heading, says, unit, Scale(), kept, True, notes) if kept else None
 

@@ -45,7 +45,9 @@ class Legend:
         columns = -(-len(names) // self._rows) if names else 1
         self._left = max(0.15, (width - columns * self._column + GAP) / 2)
         characters = int(width * 14.5)
-        self._notes = [line for note in notes for line in textwrap.wrap(shown(sentence(note), 400), characters)]
+        self._notes = [
+            line for note in notes for line in textwrap.wrap(shown(sentence(note), 400), characters)
+        ]
         self.height = self._rows * ROW + len(self._notes) * NOTE_LINE + 0.12 * bool(names or self._notes)
 
     def draw(self, figure: Any, text: Callable[..., Any]) -> None:

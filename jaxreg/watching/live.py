@@ -45,7 +45,9 @@ def data(charts: Sequence[Chart], room: int = ROOM) -> str:
 def scripts() -> tuple[str, str]:
     """The library, with its licence, and what makes the charts with it."""
     licence, library, own = map(static, ("LICENSE-uPlot", "uPlot.iife.min.js", "report.js"))
-    library = library[library.index("*/") + 2 :].strip()  # its name and address, which the licence's text replaces
+    library = library[
+        library.index("*/") + 2 :
+    ].strip()  # its name and address, which the licence's text replaces
     return f"/*! uPlot\n\n{licence.strip()}\n*/\n{library}", own
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxreg.core.spec import BASE, RESERVED_METRICS
-from jaxreg.watching.charts import Chart, Line, Panel, shown
+from jaxreg.watching.charts import Chart, Line, Panel, listed, shown
 from jaxreg.watching.run import Run
-from jaxreg.watching.scales import Scale
+from jaxreg.watching.scales import Scale, plain
 from jaxreg.watching.style import INK, LIGHT
 from jaxreg.watching.words import called
 
@@ -54,10 +54,10 @@ def metrics(runs: Sequence[Run]) -> Chart | None:
     if not panels:
         return None
     left = [panel.title for panel in panels[MOST_PANELS:]]
-    notes = (f"in the file only, for want of room: {', '.join(left)}.",) if left else ()
+    notes = (f"in the file only, for want of room: {listed(left)}.",) if left else ()
     says = "What the loop logged besides, and what terms report of themselves."
     kept = tuple(panels[:MOST_PANELS])
-    return Chart("metrics", "Metrics", says, "", Scale(), kept, True, notes)
+    return Chart("metrics", "Metrics", says, "", Scale(), kept, True, notes, plain)
 
 
 def _logged_panel(runs: Sequence[Run], name: str) -> Panel:

@@ -22,7 +22,7 @@ def shortened(names: Sequence[str], longest: int = 32) -> list[str]:
       >>> shortened(["kl_of_policy_from_reference_a", "kl_of_policy_from_reference_b", "l2"], 15)
       ['kl_of_po…ence_a', 'kl_of_po…ence_b', 'l2']
       >>> shortened(["the_weight_of_layer_01_after_warmup", "the_weight_of_layer_02_after_warmup"], 15)
-      ['the…yer_01_…mup', 'the…yer_02_…mup']
+      ['the…ayer_01…mup', 'the…ayer_02…mup']
     """
     short = [name if len(name) <= longest else _cut(name, names, longest) for name in names]
     for i, name in enumerate(short):

@@ -1,9 +1,9 @@
 """A picture's colours by night: the same picture, with another palette.
 
-Every colour of a picture is the paper's, a theme's, or on the way from the one to the other, where an edge is
-smoothed or an area is half transparent. By night it is as far on the way from that theme's paper to the same
-ink. This costs nothing, where drawing twice doubles the time; where lines of two colours lie over one another,
-it is the nearer one's.
+Every colour of a picture is the paper's, a theme's, or on the way from the one to the other, where an edge
+is smoothed or an area is half transparent. By night it is as far on the way from that theme's paper to the
+same ink. This costs nothing, where drawing twice doubles the time; where lines of two colours lie over one
+another, it is the nearer one's.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ MOST_NOTES = 50  # of a kind; the rest is counted
 LONGEST = 400  # characters of a message
 LARGEST = 2_850_000  # bytes of a page, where its pictures leave room for its numbers
 HOW_TO = (
-    "Point at a chart to read its numbers. Drag to zoom; a double click or Esc shows all steps again. Click a "
-    "name to hide it, with Shift to see it alone. With the keyboard: Tab to a chart, arrows to move, Shift for "
-    "ten steps."
+    "Point at a chart to read its numbers. Drag to zoom; a double click or Esc shows all steps again. "
+    "Click a name to hide it, with Shift to see it alone. With the keyboard: Tab to a chart, arrows to move, "
+    "Shift for ten steps."
 )
 
 
@@ -34,7 +34,11 @@ class Page:
     """The page's parts, from top to bottom. Whatever comes from a file goes through `escaped`."""
 
     def __init__(
-        self, runs: Sequence[Run], charts: Sequence[Chart], pictures: dict[str, tuple[bytes, bytes]], title: str
+        self,
+        runs: Sequence[Run],
+        charts: Sequence[Chart],
+        pictures: dict[str, tuple[bytes, bytes]],
+        title: str,
     ) -> None:
         self._runs, self._charts, self._pictures, self._title = runs, charts, pictures, title
 

@@ -38,14 +38,11 @@ def bounded(values: np.ndarray) -> np.ndarray:
         return np.where(np.abs(values) < SMALLEST, 0.0, np.clip(values, -LARGEST, LARGEST))
 
 
-def linear(curves: Sequence[np.ndarray]) -> Scale:
-    """As a ruler has it."""
-    return Scale()
-
-
-def share(curves: Sequence[np.ndarray]) -> Scale:
-    """Parts of a whole."""
-    return Scale("share")
+def plain(curves: Sequence[np.ndarray]) -> Scale:
+    """A ruler, as one expects of an accuracy or a learning rate, unless most of the numbers would lie flat."""
+    sizes = np.abs(_known(curves))
+    low, high = np.quantile(sizes[sizes > 0], (0.1, 0.9)) if (sizes > 0).any() else (1.0, 1.0)
+    return symmetric(curves) if high > 1000 * low else Scale()
 
 
 def symmetric(curves: Sequence[np.ndarray]) -> Scale:

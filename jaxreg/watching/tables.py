@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-
 from jaxreg.core.spec import BASE, TOTAL
 from jaxreg.watching import style
 from jaxreg.watching.gallery import NORM, WEIGHTED_NORM, terms_of
@@ -46,15 +45,19 @@ def _summary(run: Run, facts: Sequence[Facts], named: Named, several: bool) -> s
         rows.append(
             [
                 named(f.name) + there,
-                *map(number, (f.last, f.end, f.least, f.greatest, f.weight, f.value, f.norm, f.weighted_norm)),
+                *map(
+                    number, (f.last, f.end, f.least, f.greatest, f.weight, f.value, f.norm, f.weighted_norm)
+                ),
                 percent(f.share),
                 f'<span class="bad">{f.nonfinite:,}</span>' if f.nonfinite else "0",
             ]
         )
     heading = "Summary" + (f": {escaped(run.name)}" if several else "")
     says = "Of each term's contribution, its weight times its value: in the last step that has it, the mean "
-    says += f"over the last {len(ending(run.steps)):,} of {len(run.steps):,} steps, and its least and greatest. "
-    says += "Weight, value and gradient norms are those of the last step, the share of the gradient is the mean."
+    says += (
+        f"over the last {len(ending(run.steps)):,} of {len(run.steps):,} steps, its least and its greatest. "
+    )
+    says += "Weight, value and norms are those of the last step; the share of the gradient is the mean."
     return section(heading, says, table(heads, rows))
 
 
@@ -86,8 +89,8 @@ def _compared(first: Run, other: Run, window: tuple[int, int] | None) -> str:
     """Over which steps runs are compared, and why."""
     if window is None:
         return (
-            'Means of the contributions over the last 10 % of each run. <strong class="part">The runs have no '
-            "step in common: each is taken at its own end.</strong>"
+            "Means of the contributions over the last 10 % of each run. "
+            '<strong class="part">The runs have no step in common: each is taken at its own end.</strong>'
         )
     low, high = window
     says = f"Means of the contributions over the steps {low:,} to {high:,}, "

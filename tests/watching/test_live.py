@@ -47,7 +47,10 @@ def test_short_runs_are_there_as_they_are(tmp_path):
         np.testing.assert_allclose(values, run.of(name, "contribution"), rtol=1e-6)
         assert own["last"] == pytest.approx(run.of(name, "contribution")[-1])
     weights = next(chart for chart in data["charts"] if chart["name"] == "weights")
-    assert [data["y"][own["y"]] for own in weights["panels"][0]["lines"]] == [1, 0.1]  # a constant is a number
+    assert [data["y"][own["y"]] for own in weights["panels"][0]["lines"]] == [
+        1,
+        0.1,
+    ]  # a constant is a number
 
 
 def test_long_runs_keep_every_spike_and_the_page_its_size(tmp_path):
@@ -62,7 +65,9 @@ def test_long_runs_keep_every_spike_and_the_page_its_size(tmp_path):
     assert max(x["n"] for x in less["x"]) < 500
 
 
-@given(arrays(float, st.integers(1, 300), elements=st.floats(-1e6, 1e6) | st.just(np.nan)), st.integers(2, 40))
+@given(
+    arrays(float, st.integers(1, 300), elements=st.floats(-1e6, 1e6) | st.just(np.nan)), st.integers(2, 40)
+)
 def test_decimation_keeps_the_least_and_the_greatest(y, points):
     x, short = decimated(np.arange(len(y)), y, points)
     assert len(x) == len(short) <= max(points, min(len(y), points))
@@ -88,8 +93,12 @@ def test_no_name_ends_the_script_that_holds_it(tmp_path, name):
     text = live.data(gallery.gallery([run]))
     assert not set(text) & set("<>&\u2028\u2029\x00")
     assert text.isascii()
-    labels = {own["label"] for chart in json.loads(text)["charts"] for p in chart["panels"] for own in p["lines"]}
-    assert any(label.startswith(name[:5].replace("\ud800", "\ufffd").replace("\x00", "\ufffd")) for label in labels)
+    labels = {
+        own["label"] for chart in json.loads(text)["charts"] for p in chart["panels"] for own in p["lines"]
+    }
+    assert any(
+        label.startswith(name[:5].replace("\ud800", "\ufffd").replace("\x00", "\ufffd")) for label in labels
+    )
 
 
 def test_only_the_pages_own_scripts_may_run_and_nothing_is_fetched(tmp_path):
@@ -138,7 +147,14 @@ def test_many_metrics_are_counted_where_they_have_no_room(tmp_path):
 def test_what_the_page_carries_is_in_the_package_with_its_licence():
     folder = resources.files("jaxreg.watching").joinpath("static")
     files = {file.name for file in folder.iterdir()}
-    assert {"uPlot.iife.min.js", "uPlot.min.css", "LICENSE-uPlot", "README.md", "report.js", "report.css"} <= files
+    assert {
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "LICENSE-uPlot",
+        "README.md",
+        "report.js",
+        "report.css",
+    } <= files
     (version,) = re.findall(r"\(v([\d.]+)\)", folder.joinpath("uPlot.iife.min.js").read_text()[:100])
     assert f"uPlot) {version}," in folder.joinpath("README.md").read_text()
     project = Path(jr.__file__).parents[1] / "pyproject.toml"

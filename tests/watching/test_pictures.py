@@ -136,7 +136,9 @@ def test_what_tells_names_apart_is_not_cut_away(apart):
 
 
 def test_equal_weights_are_drawn_in_turns_and_named(tmp_path):
-    run = run_of(tmp_path, *(line(i, term("a"), term("b", weight=3.0), term("c"), term("d")) for i in range(30)))
+    run = run_of(
+        tmp_path, *(line(i, term("a"), term("b", weight=3.0), term("c"), term("d")) for i in range(30))
+    )
     chart = charts_of(run)["weights"]
     assert [line.turn for line in chart.panels[0].lines] == [(0, 3), (0, 1), (1, 3), (2, 3)]
     assert chart.notes == ("equal, and drawn in turns: a, c, d.",)
@@ -150,7 +152,10 @@ def test_equal_weights_are_drawn_in_turns_and_named(tmp_path):
 
 
 def test_a_gradient_of_exactly_zero_is_said_to_be_zero(tmp_path):
-    steps = [line(i, term("frozen", norm=0.0), term("half", norm=float(i % 2)), term("far", norm=1e3)) for i in range(10)]
+    steps = [
+        line(i, term("frozen", norm=0.0), term("half", norm=float(i % 2)), term("far", norm=1e3))
+        for i in range(10)
+    ]
     chart = charts_of(run_of(tmp_path, *steps))["gradient-norms"]
     assert chart.scale.kind == "log"
     assert chart.notes == (
@@ -164,7 +169,10 @@ def test_a_gradient_of_exactly_zero_is_said_to_be_zero(tmp_path):
 
 
 def test_zero_has_a_place_where_the_scale_has_one(tmp_path):
-    steps = [line(i, term("off", weight=0.0), term("small", value=1e-3), term("large", value=1e3)) for i in range(9)]
+    steps = [
+        line(i, term("off", weight=0.0), term("small", value=1e-3), term("large", value=1e3))
+        for i in range(9)
+    ]
     chart = charts_of(run_of(tmp_path, *steps))["contributions"]
     assert chart.scale.kind == "symlog"
     (axes,) = drawn(chart).axes
@@ -205,7 +213,9 @@ def test_by_night_every_colour_is_the_night_themes():
     inks = np.array([rgb(color) for color in (LIGHT.paper, *inks_of(LIGHT))], np.uint8)
     want = np.array([rgb(color) for color in (DARK.paper, *inks_of(DARK))], int)
     got = repainted(inks, LIGHT, DARK).astype(int)
-    same = [i for i, color in enumerate(inks_of(LIGHT), 1) if color != LIGHT.base]  # the base loss is ink by day
+    same = [
+        i for i, color in enumerate(inks_of(LIGHT), 1) if color != LIGHT.base
+    ]  # the base loss is ink by day
     np.testing.assert_array_equal(got[[0, *same]], want[[0, *same]])
     np.testing.assert_array_equal(repainted(inks, LIGHT, LIGHT), inks)
     half = (inks[0].astype(int) + inks[same[0]]) // 2

@@ -194,7 +194,10 @@ def test_two_runs_are_compared(tmp_path):
 
 def test_every_term_has_a_look_of_its_own():
     for theme in (LIGHT, DARK):
-        assert len({(s.color, s.dash) for s in (Style.of(i, theme) for i in (REST, TOTAL, *range(-1, 63)))}) == 66
+        assert (
+            len({(s.color, s.dash) for s in (Style.of(i, theme) for i in (REST, TOTAL, *range(-1, 63)))})
+            == 66
+        )
         for color in (theme.ink, theme.base, theme.total, *theme.terms, *theme.marks.values()):
             least = (
                 4.5 if color == theme.ink else 2.7
