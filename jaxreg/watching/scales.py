@@ -39,7 +39,7 @@ def bounded(values: np.ndarray) -> np.ndarray:
 
 
 def plain(curves: Sequence[np.ndarray]) -> Scale:
-    """A ruler, as one expects of an accuracy or a learning rate, unless most of the numbers would lie flat."""
+    """A ruler, as one expects of an accuracy or a learning rate, unless most numbers would lie flat."""
     sizes = np.abs(_known(curves))
     low, high = np.quantile(sizes[sizes > 0], (0.1, 0.9)) if (sizes > 0).any() else (1.0, 1.0)
     return symmetric(curves) if high > 1000 * low else Scale()
