@@ -28,7 +28,8 @@ def data(charts: Sequence[Chart], room: int = ROOM) -> str:
     """The charts as JSON that can stand in a script element, in about so many bytes.
 
     A line of more steps than it may have points keeps the least and the greatest of every few steps, so that
-    no spike is lost; an area keeps their mean. Numbers are float32, little-endian, in base64; equal lines stand there once.
+    no spike is lost; an area keeps their mean. Numbers are float32, little-endian, in base64; equal lines
+    stand there once.
     """
     pool = _Pool(charts, room)
     found = {
