@@ -192,6 +192,45 @@ def test_two_runs_are_compared(tmp_path):
     assert "Summary: a" in page.text
 
 
+def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):
+    """A run that falls by 1 a step: at its own end the longer one would win without being better."""
+    a = write(tmp_path / "a.jsonl", *(line(i, base=200.0 - i) for i in range(100)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=200.0 - i) for i in range(50)))
+    page = page_of(tmp_path, a, b)
+    assert "over the steps 45 to 49, the last tenth of those that both have" in page.text
+    assert "a goes on to step 99, which is left out here" in page.text
+    assert "base loss 153 153 0 0 %" in page.text
+    assert "goes on" not in page_of(tmp_path, a, a).text
+
+
+def test_runs_without_a_step_in_common_are_taken_at_their_own_ends(tmp_path):
+    a = write(tmp_path / "a.jsonl", *(line(i, base=2.0) for i in range(10)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=3.0) for i in range(50, 60)))
+    page = page_of(tmp_path, a, b)
+    assert "The runs have no step in common: each is taken at its own end" in page.text
+    assert "base loss 2 3 +1 +50.0 %" in page.text
+
+
+def test_a_run_that_logs_rarely_is_taken_at_its_last_step_before_the_end(tmp_path):
+    a = write(tmp_path / "a.jsonl", *(line(i, base=float(i)) for i in (0, 30, 100)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=float(i)) for i in range(60)))
+    assert "base loss 30 56.5" in page_of(tmp_path, a, b).text
+
+
+def test_what_is_a_mean_says_so_and_the_title_names_the_folder(tmp_path):
+    (tmp_path / "kl 0.1").mkdir()
+    path = write(tmp_path / "kl 0.1" / "run.jsonl", *(line(i, base=float(i)) for i in range(50)))
+    page = page_of(tmp_path, path)
+    assert (
+        "loss, last 49 loss, mean of last 5 47 base loss, last 49 base loss, mean of last 5 47" in page.text
+    )
+    assert "term last mean of last 5 min max weight value ‖gradient‖ weight · ‖gradient‖" in page.text
+    assert "<h1>kl 0.1/run</h1>" in page.source
+    assert "<title>kl 0.1/run · jaxreg</title>" in page.source
+    short = page_of(tmp_path / "b", write(tmp_path / "one.jsonl", line(0))).text
+    assert "mean of" not in short.partition("Point at")[0]
+
+
 def test_every_term_has_a_look_of_its_own():
     for theme in (LIGHT, DARK):
         assert (
