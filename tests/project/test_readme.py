@@ -24,8 +24,3 @@ def test_the_readmes_python_runs_and_the_ablations_compile_once(caplog):
     assert names["output"].regularizers["style"].grad_norm > 0
     run = jr.telemetry.read_run(Path(names["folder"]) / "run.jsonl")
     assert run.steps.tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_the_gotchas_python_runs():
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "gotchas.md").read_text(), re.M | re.S)
-    exec(compile(block, "gotchas.md", "exec"), {})
