@@ -246,23 +246,28 @@ def test_multi_steps(params, batches, wanted):
     compare(np.mean(losses, axis=1), params, wanted)
 
 
+def tunix_trainer(model, tx, objective):
+    """A trainer of an NNX model whose steps tell what every term did."""
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+
+    class Trainer(PeftTrainer):
+        def _post_process_train_step(self, aux):
+            jr.telemetry.log(aux, step=self.train_steps)
+
+    trainer = Trainer(model, tx, TrainingConfig(eval_every_n_steps=1000))
+    trainer.with_gen_model_input_fn(lambda batch: {"batch": batch})
+    trainer.with_loss_fn(lambda model, batch: objective(nnx.state(model, nnx.Param), batch), has_aux=True)
+    return trainer
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix looks up what JAX renamed
 def test_tunix(params, batches, wanted, tmp_path):
-    peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
+    pytest.importorskip("tunix.sft.peft_trainer")
     model = Model(params)
     graph, _ = nnx.split(model, nnx.Param)
     loss_of = objective(lambda params, batch: nnx.merge(graph, params)(batch["features"]))
 
-    class Trainer(peft_trainer.PeftTrainer):
-        """Tells what every term did: it hands over what the loss function returns beside the loss."""
-
-        def _post_process_train_step(self, aux):
-            jr.telemetry.log(aux, step=self.train_steps)
-
-    config = peft_trainer.TrainingConfig(eval_every_n_steps=STEPS, max_steps=STEPS)
-    trainer = Trainer(model, TX, config)
-    trainer.with_gen_model_input_fn(lambda batch: {"batch": batch})
-    trainer.with_loss_fn(lambda model, batch: loss_of(nnx.state(model, nnx.Param), batch), has_aux=True)
+    trainer = tunix_trainer(model, TX, loss_of)
     with jr.telemetry.attached(jr.telemetry.JSONL(tmp_path / "run.jsonl")):
         trainer.train(batches)
     losses = jr.telemetry.read_run(tmp_path / "run.jsonl").series("loss/total")
