@@ -15,9 +15,12 @@
                                A host term whose step failed before it counted has its duration alone,
                                and ``counts=False`` in the metadata
 ``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
-``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
-                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``,
-                               ``functions`` (a number that tells objectives of equal names apart)
+``compile.start``              XLA begins to compile a program with an objective in it, which was traced
+                               before; metadata as of ``compile``
+``compile``                    it has compiled it; measurements: ``duration``, tracing included; metadata:
+                               ``program``, ``changed`` (what was new: shapes, dtypes, functions),
+                               ``terms``, ``functions`` (a number that tells objectives of equal names
+                               apart)
 ``server.exception``           the remote backward request failed after the loss was told; metadata:
                                ``error``
 ``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
@@ -125,7 +128,7 @@ def attach(handler: H) -> H:
       >>> loss, out = objective(jnp.ones(3))
       >>> jr.telemetry.log(out, step=0)
       >>> jr.telemetry.detach(heard.append)
-      >>> [event.name for event in heard if event.name != "compile"]
+      >>> [event.name for event in heard if not event.name.startswith("compile")]
       ['regularizer.compute.stop', 'custom_loss.stop']
     """
     global _attached  # noqa: PLW0603 (the one list of handlers)

@@ -50,6 +50,8 @@ class Logging:
                 self._logger.log(self._level, "%s: %s", _at(event), _step(event.metadata["report"]))
         elif event.name.endswith(".exception"):
             self._failed(event)
+        elif event.name == "compile.start":
+            self._logger.info("%s: compiling ...", event.metadata.get("program"))
         elif event.name == "compile":
             seconds, about = event.measurements.get("duration", 0.0), event.metadata
             changed = "; ".join(about.get("changed", ()))
