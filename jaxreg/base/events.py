@@ -96,15 +96,20 @@ class _Attached:
         if seconds < SLOW:
             return
         self.slow, self.seconds = self.slow + 1, self.seconds + seconds
-        if worth_telling(self.slow):
-            LOGGER.warning(
-                "telemetry: the handler %r is slow: %d events took longer than %g s each, %.2f s in all, and "
-                "the training loop waited; let it hand its work to a thread",
-                self.handler,
-                self.slow,
-                SLOW,
-                self.seconds,
-            )
+        if (remedy := getattr(self.handler, "_when_slow", "")) is None:  # it is rare, and meant
+            return
+        # The library's own may be slow now and then: they open a file, or are the first to write to it.
+        if not worth_telling(self.slow) or (remedy and self.slow == 1):
+            return
+        LOGGER.warning(
+            "telemetry: %s is slow: %d events took longer than %g s each, %.2f s in all, and the training "
+            "loop waited; %s",
+            type(self.handler).__name__ if remedy else f"the handler {self.handler!r}",
+            self.slow,
+            SLOW,
+            self.seconds,
+            remedy or "let it hand its work to a thread",
+        )
 
 
 _attached: tuple[_Attached, ...] = ()  # replaced, never changed, so that reading needs no lock
@@ -117,7 +122,7 @@ def attach(handler: H) -> H:
     Handlers are called one at a time, in the order in which they were attached, in the thread in which
     the event happens, or in one that is telling events just then. One that raises is logged (logger
     ``jaxreg.telemetry``), detached and closed; one that takes longer than 0.1 s for an event is counted
-    and logged.
+    and logged. jaxreg's own say what can be done about it, where it goes on.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr

@@ -9,8 +9,9 @@ from jaxreg.cli.parser import Commands
 ABOUT = """\
 Check this JAX's gradients on this machine against NumPy in float64.
 
-Some releases of JAX compute wrong gradients on CPUs, without a warning. This compares the patterns that are
-known to go wrong, in seconds, and says which release to take instead. The exit status is 0 where all agree."""
+Some releases of JAX compute wrong gradients on CPUs, without a warning. This compares the patterns that
+are known to go wrong, in seconds, and says which release to take instead. The exit status is 0 where all
+agree."""
 EXAMPLES = """\
 examples:
   %(prog)s

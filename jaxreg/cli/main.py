@@ -6,10 +6,11 @@ commands.
 
 from __future__ import annotations
 
-import argparse
 import difflib
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +102,8 @@ def _program() -> str:
 
 
 def _versions() -> str:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return f"jaxreg {__version__} (jax {jax.__version__}, jaxlib {jax.lib.__version__}, Python {python})"
+    jaxlib, python = importlib.metadata.version("jaxlib"), platform.python_version()
+    return f"jaxreg {__version__} (jax {jax.__version__}, jaxlib {jaxlib}, Python {python})"
 
 
 def _no_such_command(given: str, names: Sequence[str]) -> str:

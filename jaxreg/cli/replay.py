@@ -8,10 +8,11 @@ import sys
 from jaxreg.cli.parser import Commands, readable
 
 ABOUT = """\
-Say what a flight recording holds; with --objective, compute a step of it again and say what went wrong first.
+Say what a flight recording holds; with --objective, compute a step of it again and say what went wrong
+first.
 
-The file is what telemetry.FlightRecorder writes, and safe to open, though it be a stranger's. The objective is
-of your own code, which is imported from the folder that you are in."""
+The file is what telemetry.FlightRecorder writes, and safe to open, though it be a stranger's. The objective
+is of your own code, which is imported from the folder that you are in."""
 EXAMPLES = """\
 examples:
   %(prog)s step-00000041.flight
@@ -25,7 +26,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("replay", help=what, description=ABOUT, epilog=EXAMPLES)
     parser.add_argument("path", metavar="FILE.flight", help="the recording")
     parser.add_argument(
-        "--objective", metavar="MODULE:ATTRIBUTE", help="an objective, or a function without arguments that makes it"
+        "--objective",
+        metavar="MODULE:ATTRIBUTE",
+        help="an objective, or a function without arguments that makes it",
     )
     parser.add_argument("--step", type=int, metavar="N", help="default: the last one, which went wrong")
     parser.set_defaults(run=run)

@@ -20,7 +20,9 @@ def add(commands: Commands) -> None:
     """Let the parser know the command."""
     what = "write an HTML page about a run, or compare runs"
     parser = commands.add_parser("report", help=what, description=ABOUT, epilog=EXAMPLES)
-    parser.add_argument("paths", metavar="RUN.jsonl", nargs="+", help="the run's file, and what to compare it with")
+    parser.add_argument(
+        "paths", metavar="RUN.jsonl", nargs="+", help="the run's file, and what to compare it with"
+    )
     parser.add_argument(
         "-o", "--out", default="report", metavar="DIR", help="folder to write into; default: %(default)s"
     )

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -100,6 +100,10 @@ class FlightRecorder:
       >>> [recorded.step for recorded in read_recording(recorder.written[0])]
       [1, 2]
     """
+
+    _when_slow: ClassVar[str | None] = (
+        None  # it writes where a step went wrong, and copies where it was told to
+    )
 
     def __init__(
         self, folder: str | os.PathLike[str], *, steps: int = 4, files: int = 8, copy: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 
@@ -33,6 +33,10 @@ class Logging:
       ...     jr.telemetry.log(out, step=7)
       step 7: loss 4.5 = base 3 (50%) + l2 1.5 (50%)
     """
+
+    _when_slow: ClassVar[str | None] = (
+        "let its logger have a logging.handlers.QueueHandler, whose listener writes in a thread"
+    )
 
     def __init__(
         self, logger: str | logging.Logger = "jaxreg", level: int = logging.INFO, every: int = 1

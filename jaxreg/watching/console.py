@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxreg.base.events import Event, attach, detach
 from jaxreg.watching import records
@@ -58,6 +58,8 @@ class LiveTable:
       total                                     4.5  ▁
       ...
     """
+
+    _when_slow: ClassVar[str | None] = None  # it draws rarely, or in a thread
 
     def __init__(
         self, steps: int | None = None, *, console: Console | None = None, refresh: float = 4

@@ -38,9 +38,7 @@ class Screen:
       ImportError: rich is missing; the extra ``console`` brings it.
     """
 
-    def __init__(
-        self, console: Console | None, view: View, lock: threading.Lock, refresh: float
-    ) -> None:
+    def __init__(self, console: Console | None, view: View, lock: threading.Lock, refresh: float) -> None:
         need("rich", "console", "the live table")
         from rich.console import Console
 
