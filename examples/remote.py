@@ -51,7 +51,11 @@ class Remote:
 
 def options(description: str | None) -> terminal.Parser:
     parser = terminal.Parser(description)
-    parser.add_argument("--base-url", help="of a server of the Tinker API; without it, an embedded trainer")
+    parser.add_argument(
+        "--base-url",
+        type=terminal.url,
+        help="a server of the Tinker API; without it, a trainer in this process",
+    )
     parser.add_argument("--model", default="Qwen/Qwen3-8B", help="the server's base model")
     parser.add_argument(
         "--tokenizer", help="'bytes', or a path or name for transformers; by default what the SDK finds"
@@ -67,6 +71,7 @@ def options(description: str | None) -> terminal.Parser:
 
 def connect(chosen: argparse.Namespace) -> Remote:
     """The embedded trainer, whose tokens are bytes, or a LoRA training client of a server."""
+    print(f"training on {chosen.base_url or 'a small model in this process'} ...", flush=True)
     if not chosen.base_url:
         client = jr.client.EmbeddedTrainingClient(vocabulary=256)
         remote = Remote(client, jr.client.Datum, _encoder("bytes", client), jr.client.AdamParams)

@@ -46,6 +46,13 @@ def rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
 
 
+def url(text: str) -> str:
+    """The address of a server."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"http://... or https://... is expected, not {text!r}")
+    return text
+
+
 def folder(text: str) -> Path:
     """A folder that is there or can be made."""
     for part in (whole := Path(text), *whole.parents):

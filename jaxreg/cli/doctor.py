@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+
+import jax
 
 from jaxreg.cli.parser import Commands
 
@@ -30,8 +33,11 @@ def run(options: argparse.Namespace) -> int:
     from jaxreg.testing import check_numerics
 
     try:
-        report = check_numerics()
-    except RuntimeError as error:  # a platform that is asked for and not there
-        raise OSError(f"JAX does not compute here: {error}") from error
+        jax.devices()
+    except Exception as error:  # what it raises where a platform is asked for and not there, differs
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = str(error) or type(error).__name__
+        raise OSError(f"JAX starts on no device (JAX_PLATFORMS={asked!r}): {why}") from error
+    report = check_numerics()
     print(report)
     return 0 if report.ok else 1

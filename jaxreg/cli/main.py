@@ -62,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = f"{parser.prog} {options.command}"
     _take_any_text()
     try:
-        return command(options)
-    except BrokenPipeError:  # what reads our output has seen enough, as head does
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (Python flushes it at its end)
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 1
     except KeyboardInterrupt:
         print(f"{who}: interrupted", file=sys.stderr)

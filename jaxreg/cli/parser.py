@@ -52,6 +52,8 @@ def readable(path: str) -> str:
       >>> readable("run.jsonl")
       'run.jsonl'
     """
+    if not path:
+        raise ValueError("the file's name is empty")
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError(f"{path} is no regular file")
     return path  # of a folder, and where there is nothing, opening it tells
@@ -64,6 +66,8 @@ def folder(path: str) -> Path:
       >>> folder("report/of/a/run").parts
       ('report', 'of', 'a', 'run')
     """
+    if not path:
+        raise ValueError("the folder's name is empty")
     for part in (whole := Path(path), *whole.parents):
         if part.exists() and not part.is_dir():
             raise ValueError(f"{path} should be a folder to write into, but a file {part} exists")

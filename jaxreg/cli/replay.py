@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
 
     path = readable(options.path)
     if options.objective is None:
+        if options.step is not None:
+            raise ValueError("--step is computed again with an objective: --objective module:attribute")
         print(summary(path))
         print("\nname the objective to recompute a step: --objective module:attribute")
         return 0
