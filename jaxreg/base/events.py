@@ -15,9 +15,12 @@
                                A host term whose step failed before it counted has its duration alone,
                                and ``counts=False`` in the metadata
 ``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
-``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
-                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``,
-                               ``functions`` (a number that tells objectives of equal names apart)
+``compile.start``              XLA begins to compile a program with an objective in it, which was traced
+                               before; metadata as of ``compile``
+``compile``                    it has compiled it; measurements: ``duration``, tracing included; metadata:
+                               ``program``, ``changed`` (what was new: shapes, dtypes, functions),
+                               ``terms``, ``functions`` (a number that tells objectives of equal names
+                               apart)
 ``server.exception``           the remote backward request failed after the loss was told; metadata:
                                ``error``
 ``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
@@ -102,15 +105,20 @@ class _Attached:
         if seconds < SLOW:
             return
         self.slow, self.seconds = self.slow + 1, self.seconds + seconds
-        if worth_telling(self.slow):
-            LOGGER.warning(
-                "telemetry: the handler %r is slow: %d events took longer than %g s each, %.2f s in all, and "
-                "the training loop waited; let it hand its work to a thread",
-                self.handler,
-                self.slow,
-                SLOW,
-                self.seconds,
-            )
+        if (remedy := getattr(self.handler, "_when_slow", "")) is None:  # it is rare, and meant
+            return
+        # The library's own may be slow now and then: they open a file, or are the first to write to it.
+        if not worth_telling(self.slow) or (remedy and self.slow == 1):
+            return
+        LOGGER.warning(
+            "telemetry: %s is slow: %d events took longer than %g s each, %.2f s in all, and the training "
+            "loop waited; %s",
+            type(self.handler).__name__ if remedy else f"the handler {self.handler!r}",
+            self.slow,
+            SLOW,
+            self.seconds,
+            remedy or "let it hand its work to a thread",
+        )
 
 
 _attached: tuple[_Attached, ...] = ()  # replaced, never changed, so that reading needs no lock
@@ -123,7 +131,7 @@ def attach(handler: H) -> H:
     Handlers are called one at a time, in the order in which they were attached, in the thread in which
     the event happens, or in one that is telling events just then. One that raises is logged (logger
     ``jaxreg.telemetry``), detached and closed; one that takes longer than 0.1 s for an event is counted
-    and logged.
+    and logged. jaxreg's own say what can be done about it, where it goes on.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -134,7 +142,7 @@ def attach(handler: H) -> H:
       >>> loss, out = objective(jnp.ones(3))
       >>> jr.telemetry.log(out, step=0)
       >>> jr.telemetry.detach(heard.append)
-      >>> [event.name for event in heard if event.name != "compile"]
+      >>> [event.name for event in heard if not event.name.startswith("compile")]
       ['regularizer.compute.stop', 'custom_loss.stop']
     """
     global _attached  # noqa: PLW0603 (the one list of handlers)

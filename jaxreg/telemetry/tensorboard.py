@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.base.extras import need
@@ -29,6 +30,8 @@ class TensorBoard:
       ...     with jr.telemetry.attached(TensorBoard("runs/terms")):
       ...         ...  # the loop, which calls jr.telemetry.log(out, step=step)
     """
+
+    _when_slow: ClassVar[str | None] = "write to a disk of this machine"
 
     def __init__(self, logdir: str | os.PathLike[str]) -> None:
         summary = need("tensorboard.summary", "tensorboard", "TensorBoard")

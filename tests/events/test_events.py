@@ -165,7 +165,7 @@ class TestClient:
                 jr.client.forward_backward_custom(embedded, data, objective).result()
             jr.client.forward_backward_custom(embedded, data, objective, step=70).result()
         by_step = [
-            [event.name for event in heard if event.step == step and event.name != "compile"]
+            [event.name for event in heard if event.step == step and not event.name.startswith("compile")]
             for step in (0, 1, 70)
         ]
         assert (
@@ -245,7 +245,7 @@ class TestClient:
             jr.client.forward_backward_custom(Slow(), make_data(), objective)
         for term in terms:
             term.close()
-        ours = [(e.name, e.metadata.get("term")) for e in heard if e.name != "compile"]
+        ours = [(e.name, e.metadata.get("term")) for e in heard if not e.name.startswith("compile")]
         assert ours == [
             ("custom_loss.start", None),
             ("regularizer.compute.start", "waits"),

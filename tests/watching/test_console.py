@@ -301,10 +301,10 @@ def test_watch_waits_for_the_file_follows_it_and_ends_with_ctrl_c(tmp_path, monk
 
 def test_watch_says_that_nothing_comes(tmp_path, monkeypatch):
     path, console = write(tmp_path / "run.jsonl", line(3)), terminal()
-    watching = live._Watching(path, live._Screen(console, threading.Lock(), 1))
+    watching = live._Watching(path, console, refresh=1)
     watching.look()
     later = time.monotonic() + 60
     monkeypatch.setattr(live.time, "monotonic", lambda: later)
     with watching:
         watching.look()
-        assert "nothing new for 60 s" in watching._screen._view["aside"]
+        assert "nothing new for 60 s" in watching._view()["aside"]
