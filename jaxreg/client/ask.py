@@ -61,9 +61,7 @@ def as_objective(
     """The objective itself, or one composed of a base loss and regularizers: the same one every time."""
     if not isinstance(loss, CompositeLoss):
         if isinstance(regularizers, Iterator):
-            raise TypeError(
-                "regularizers= is an iterator, which gives its terms once; every step asks for them: say list(...)"
-            )
+            raise TypeError("regularizers= is an iterator, which gives its terms once: say list(...)")
         specs = tuple(as_spec(spec) for spec in as_terms(regularizers or ()))
         objective = _remembered(loss, specs, track_grad_norms or False)
     elif regularizers is None and track_grad_norms is None:

@@ -45,7 +45,7 @@ def explain(
 
 
 def refuse_deleted(plan: Plan, leaves: Leaves) -> None:
-    """Refuse to become a part of somebody else's program, which is being traced, with arrays that are no more."""
+    """Refuse to become a part of somebody else's program with arrays that are no more."""
     if not any(map(_is_gone, jax.tree.leaves(leaves))):
         return
     for what in _deleted(plan, leaves):

@@ -20,7 +20,7 @@ _TRACED: tuple[tuple[type[Exception], str], ...] = (  # the narrow ones first
     ),
     (
         jax.errors.TracerIntegerConversionError,
-        "Its arrays are traced, so none of them can be an index of a list or a size: say jnp.take, or let "
+        "Its arrays are traced, so none of them can be the index of a list, or a size: say jnp.take, or let "
         "the number be a constant.",
     ),
     (
@@ -57,7 +57,7 @@ def _hints(error: Exception, given: Mapping[str, Any]) -> list[str]:
         hints.append("batch is None: give the objective one after x.")
     if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch:
         hints.append(
-            "batch is a dict; what has mean, sum, mask and their kin is a jaxreg.TokenBatch: make it one with "
-            "jaxreg.TokenBatch.from_arrays(**batch)."
+            "batch is a dict; what has mean, sum, mask and their kin is a jaxreg.TokenBatch: make it one "
+            "with jaxreg.TokenBatch.from_arrays(**batch)."
         )
     return hints

@@ -147,7 +147,8 @@ class CompositeLoss:
         """
         if not isinstance(weights, Mapping):
             raise TypeError(
-                f"with_weights takes a mapping from name to weight, {{'l1': 0.1}}; got {type(weights).__name__}"
+                f"with_weights takes a mapping from names to weights, {{'l1': 0.1}}; got "
+                f"{type(weights).__name__}"
             )
         for name, weight in weights.items():
             self._check_known(name)
