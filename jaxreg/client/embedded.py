@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg.base.arrays import to_numpy
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.buckets import coarse_rows
 from jaxreg.batch.packing import pad
@@ -214,11 +213,8 @@ class EmbeddedTrainingClient:
 
 
 def _tokens(datum: Any, row: dict[str, Any], i: int, vocabulary: int) -> np.ndarray:
-    given = wire.field(datum, "model_input")
-    given = given.to_ints() if callable(getattr(given, "to_ints", None)) else given
-    tokens = to_numpy(given)
-    targets = row[wire.TARGETS]
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) != len(targets):
+    tokens, targets = wire.tokens_of(datum, i), row[wire.TARGETS]
+    if len(tokens) != len(targets):
         raise ValueError(
             f"datum {i}: model_input has shape {tokens.shape}, and {wire.TARGETS!r} {targets.shape}: one "
             f"token in for every token out"

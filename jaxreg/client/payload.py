@@ -120,10 +120,7 @@ def _chunks(datum: Any, i: int) -> list[dict[str, Any]]:
     given = wire.field(datum, "model_input")
     chunks = getattr(given, "chunks", None)
     if chunks is None:
-        tokens = to_numpy(given)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise TypeError(f"datum {i}: model_input is a list of token ids or an SDK's ModelInput")
-        return [{"type": "encoded_text", "tokens": tokens.tolist()}]
+        return [{"type": "encoded_text", "tokens": wire.tokens_of(datum, i).tolist()}]
     plain = []
     for chunk in chunks:
         if hasattr(chunk, "tokens"):

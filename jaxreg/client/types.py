@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg.base import html
+from jaxreg.base.shown import never_fails
 from jaxreg.core.output import CustomLossOutput
 
 
@@ -88,7 +90,25 @@ class CustomResult:
     drift: Drift | None
     reply: Any
 
+    def __repr__(self) -> str:
+        return f"{_summary(self)}\n{self.output!r}"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        return html.line(_summary(self)) + self.output._repr_html_()
+
     @property
     def loss_fn_outputs(self) -> Any:
         """The server's outputs, as the SDK's result has them."""
         return self.reply.loss_fn_outputs
+
+
+def _summary(result: CustomResult) -> str:
+    tokens = sum(np.size(logprobs) for logprobs in result.logprobs)
+    drift = (
+        ""
+        if result.drift is None
+        else f", drift {result.drift.mean:.3g} nats (at most {result.drift.max:.3g})"
+    )
+    datums = "1 datum" if len(result.logprobs) == 1 else f"{len(result.logprobs)} datums"
+    return f"CustomResult of {datums}, {tokens} logprobs{drift}"

@@ -72,7 +72,7 @@ def compose(
             f"{'None' if loss_fn is None else type(loss_fn).__name__}"
         )
     check_term(loss_fn, "base loss")
-    specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
+    specs = tuple(as_spec(spec) for spec in as_terms(regularizers))
     _check_names(specs)
     _check_reductions(loss_fn, specs)
     _check_forward(forward, has_aux, loss_fn, specs)
@@ -102,13 +102,20 @@ def compose(
     return CompositeLoss(leaves, plan)
 
 
-def _as_iterable(regularizers: Any) -> Iterable[Any]:
-    if not isinstance(regularizers, Iterable) and not isinstance(regularizers, RegularizerSpec):
-        raise TypeError(f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}")
-    if isinstance(regularizers, RegularizerSpec) or (
-        isinstance(regularizers, Mapping) and "fn" in regularizers
-    ):
+def as_terms(regularizers: Any) -> Iterable[Any]:
+    """The regularizers, if they are a sequence of terms, or what gives them one after the other."""
+    one = isinstance(regularizers, RegularizerSpec) or callable(getattr(regularizers, "as_spec", None))
+    if one or (isinstance(regularizers, Mapping) and "fn" in regularizers):
         raise TypeError("regularizers is a sequence of terms; put this one term into a list")
+    if isinstance(regularizers, str | Mapping) or not isinstance(regularizers, Iterable):
+        raise TypeError(
+            f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}"
+            + (
+                "; give its values, each of which says its own name"
+                if isinstance(regularizers, Mapping)
+                else ""
+            )
+        )
     return regularizers
 
 

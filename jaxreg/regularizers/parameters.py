@@ -115,7 +115,8 @@ class EWC:
     Args:
       reference: θ₀, of the structure of the parameters.
       fisher: F ≥ 0, the diagonal of the Fisher information, of the same structure. Neither gets a
-        gradient. Where F is negative the value is NaN.
+        gradient. Where F is negative the value is NaN. Where the parameters are donated, both are copies, as
+        of `L2SP`.
       params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
         these, or a function of the path. **None** for all.
 

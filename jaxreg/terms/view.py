@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from jaxreg.base.shown import called, never_fails
 from jaxreg.base.types import PyTree, TermFn
 
 View: TypeAlias = str | Callable[[PyTree, PyTree], PyTree]
@@ -64,6 +65,11 @@ class _Of:
         """The term of the view."""
         seen = _field(x, self.view) if isinstance(self.view, str) else self.view(x, batch)
         return self.term(seen, batch, **asked)
+
+    def _shown(self) -> str:
+        return f"of({called(self.view) if callable(self.view) else repr(self.view)}, {called(self.term)})"
+
+    __repr__ = never_fails(_shown)
 
     def __getattr__(self, name: str) -> Any:
         """What it says of itself (``init``, ``rows_together``, ...) is what the term says."""
