@@ -39,7 +39,10 @@ def compose(
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
         base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` (weight decay says
         so by itself) the params. Without it they all get x, whatever that is. It may take ``key`` by
-        keyword, for dropout.
+        keyword, for dropout or sampling, and gets its own: the call's ``key=`` folded with its name,
+        ``jax.random.fold_in(key, zlib.crc32(b"/forward") & 0x7FFFFFFF)``. Every term that asks for ``key``
+        gets its own the same way, by the term's name (the base loss is ``base_loss``), so that adding or
+        dropping a term changes nobody else's. Give each step another: ``fold_in(key, step)``.
       has_aux: ``forward`` returns ``(outputs, aux)``, as `jax.grad` has it. What is no output (batch-norm
         statistics, counters, caches; leaves of any dtype) comes back in ``out.aux``, without a gradient.
       track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument

@@ -71,7 +71,8 @@ class CompositeLoss:
           batch: whatever the terms read besides.
           state: ``objective.init()`` or the last step's ``out.state``; needed by schedules and
             stateful terms only.
-          key: a random key; needed by terms that ask for one only.
+          key: a random key; needed by terms, and a ``forward``, that ask for one only. Each gets its own,
+            folded with its name; see `compose`.
 
         Returns:
           ``(loss_total, CustomLossOutput)``.

@@ -7,7 +7,7 @@ A **term** is a pure function of the differentiated value and the batch::
 
 It may ask for more with keyword-only arguments of these names, and gets nothing it did not ask for:
 
-- ``key``: its own random key, split from the ``key=`` of the call by the term's name;
+- ``key``: its own random key, the ``key=`` of the call folded with the CRC-32 of the term's name;
 - ``state``: its own state from the last step. Such a term is an object with an ``init()`` method that
   gives the first state, and returns ``(value, metrics, next_state)``.
 

@@ -17,6 +17,9 @@ class TensorBoard:
 
     Numbers that are not finite are written as they are. A step without a number gets the one after the last.
 
+    TensorBoard's own reader finds them among the tensors, of which it keeps ten unless it is told otherwise:
+    ``EventAccumulator(logdir, {"tensors": 0}).Reload().Tensors("loss/total")``.
+
     Args:
       logdir: the run's folder, which ``tensorboard --logdir`` reads.
 

@@ -39,7 +39,10 @@ def term(cls: _Class) -> _Class:
 
 
 # The fields that are children.
-HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
+HOLD_ARRAYS = (
+    *("reference", "fisher", "candidates", "sampler", "advantages"),
+    *("prior_mean", "prior_log_var"),
+)
 
 
 def _values(term: Any) -> list[Any]:
