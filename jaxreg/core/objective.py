@@ -186,13 +186,13 @@ class CompositeLoss:
         lines = [f"base: {called(fns[0])}"]
         for name, place, fn in zip(self.names, self.plan.places[1:], fns[1:], strict=True):
             on = " (on params)" if place == "params" else ""
-            lines.append(f"{name}: {weight_text(self, name)} · {called(fn)}{on}")
-        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self)]) + "\n)"
+            lines.append(f"{name}: {weight_text(self.plan, self.leaves, name)} · {called(fn)}{on}")
+        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self.plan, self.leaves)]) + "\n)"
 
     @never_fails
     def _repr_html_(self) -> str:
-        title = ", ".join(["CompositeLoss", *objective_rest(self)])
-        rows = objective_rows(self)
+        title = ", ".join(["CompositeLoss", *objective_rest(self.plan, self.leaves)])
+        rows = objective_rows(self.plan, self.leaves)
         return html.table(title, rows, left=text_columns(rows))
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
