@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from jaxreg.base.shown import readable, span
-
-if TYPE_CHECKING:
-    from jaxreg.batch.token_batch import TokenBatch
 
 FIELDS = ("mask", "weights", "lengths", "present", "pairs")
 
 
-def batch_title(batch: TokenBatch) -> str:
+def batch_title(batch: Any) -> str:
     """How many datums and tokens are real, and how many count, where there are numbers to tell."""
     mask, weights = readable(batch.mask), readable(batch.weights)
     if mask is None or weights is None or mask.ndim != 2:
@@ -27,15 +26,19 @@ def batch_title(batch: TokenBatch) -> str:
     )
 
 
-def batch_rows(batch: TokenBatch) -> list[list[str]]:
-    """One row an array: its name, dtype, shape, and between which numbers it lies."""
+def batch_rows(batch: Any) -> list[list[str]]:
+    """One row an array: its name, dtype, shape, and between which numbers it lies where tokens are real."""
+    real = readable(batch.mask)
     fields = {name: getattr(batch, name) for name in FIELDS if getattr(batch, name) is not None}
-    rows = [_row(name, array) for name, array in (fields | batch.arrays).items()]
+    rows = [_row(name, array, None) for name, array in fields.items()]
+    rows += [_row(name, array, real) for name, array in batch.arrays.items()]
     return [["array", "dtype", "shape", "lowest … highest"], *rows]
 
 
-def _row(name: str, array: Any) -> list[str]:
+def _row(name: str, array: Any, real: np.ndarray | None) -> list[str]:
     numbers = readable(array)
+    if numbers is not None and real is not None and numbers.shape[:2] == real.shape[: numbers.ndim]:
+        numbers = numbers[real if numbers.ndim > 1 else real.any(axis=1)]
     dtype, shape = getattr(array, "dtype", type(array).__name__), list(getattr(array, "shape", ()))
     return [name, str(dtype), str(shape), "" if numbers is None else span(numbers)]
 

@@ -30,8 +30,8 @@ _TRACED: tuple[tuple[type[Exception], str], ...] = (  # the narrow ones first
     ),
     (
         jax.errors.ConcretizationTypeError,
-        "Its arrays are traced and hold no number yet: leave out float(), int() and .item(), and say jnp.where "
-        "for a choice.",
+        "Its arrays are traced and hold no number yet: leave out float(), int() and .item(), and say "
+        "jnp.where for a choice.",
     ),
 )
 

@@ -23,7 +23,7 @@ from jaxreg.core.output import CustomLossOutput
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.shown import objective_rest, objective_rows, text_columns, weight_text
 from jaxreg.core.spec import check_weight
-from jaxreg.core.state import first_state
+from jaxreg.core.state import first_state, none_if_empty
 from jaxreg.core.weights import weight_leaf, weights_at
 
 NO_NORMS = (
@@ -79,7 +79,7 @@ class CompositeLoss:
         """
         if self.plan.norms is not None and is_differentiated(x):
             warnings.warn(NO_NORMS, NormsNotComputedWarning, stacklevel=2)
-        return self._run(step.call, x, batch, state or None, key)
+        return self._run(step.call, x, batch, none_if_empty(state), key)
 
     def value_and_grad(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
@@ -91,7 +91,7 @@ class CompositeLoss:
         Returns:
           ``((loss_total, CustomLossOutput), gradient with the structure of x)``.
         """
-        return self._run(step.value_and_grad, x, batch, state or None, key)
+        return self._run(step.value_and_grad, x, batch, none_if_empty(state), key)
 
     def eval_shape(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
@@ -107,7 +107,7 @@ class CompositeLoss:
           >>> loss.shape, grads.shape
           ((), (3,))
         """
-        arguments = (x, batch, state or None, key)
+        arguments = (x, batch, none_if_empty(state), key)
         try:
             return self.plan.compiled(step.value_and_grad).eval_shape(self.leaves, *arguments)
         except Exception as error:
@@ -187,13 +187,13 @@ class CompositeLoss:
         lines = [f"base: {called(fns[0])}"]
         for name, place, fn in zip(self.names, self.plan.places[1:], fns[1:], strict=True):
             on = " (on params)" if place == "params" else ""
-            lines.append(f"{name}: {weight_text(self, name)} · {called(fn)}{on}")
-        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self)]) + "\n)"
+            lines.append(f"{name}: {weight_text(self.plan, self.leaves, name)} · {called(fn)}{on}")
+        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self.plan, self.leaves)]) + "\n)"
 
     @never_fails
     def _repr_html_(self) -> str:
-        title = ", ".join(["CompositeLoss", *objective_rest(self)])
-        rows = objective_rows(self)
+        title = ", ".join(["CompositeLoss", *objective_rest(self.plan, self.leaves)])
+        rows = objective_rows(self.plan, self.leaves)
         return html.table(title, rows, left=text_columns(rows))
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxreg.base.shown import called, number, readable
-
-if TYPE_CHECKING:
-    from jaxreg.core.objective import CompositeLoss
-    from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+from jaxreg.core.plan import Leaves, Plan
 
 Rows = list[list[str]]
 NORMS = ("grad_norm", "grad_norm_weighted")
 TEXT = ("term", "on", "function", "metrics")  # the columns that hold no numbers
 
 
-def output_rows(out: CustomLossOutput) -> Rows:
+def output_rows(out: Any) -> Rows:
     """One row a term, the base loss first and the total last; columns that would be empty are left out."""
     rows = [["term", "value", "weight", "contribution", *NORMS, "metrics"]]
     base = out.base_loss
@@ -33,7 +30,7 @@ def text_columns(rows: Rows) -> list[int]:
     return [i for i, head in enumerate(rows[0]) if head in TEXT]
 
 
-def output_title(out: CustomLossOutput) -> str:
+def output_title(out: Any) -> str:
     """What an output holds besides its terms."""
     state = out.state if isinstance(out.state, Mapping) else {}
     has = [f"state for step {number(state['step'])}"] if "step" in state else []
@@ -42,7 +39,7 @@ def output_title(out: CustomLossOutput) -> str:
     return "CustomLossOutput" + (f" (with {', '.join(has)})" if has else "")
 
 
-def term_text(term: BaseLossOutput | RegularizerOutput) -> str:
+def term_text(term: Any) -> str:
     """One term's output on a line, without what is None."""
     shown = {key: number(value) for key, value in vars(term).items() if key not in ("name", "custom")}
     fields = [f"{key}={text}" for key, text in shown.items() if getattr(term, key) is not None]
@@ -51,21 +48,20 @@ def term_text(term: BaseLossOutput | RegularizerOutput) -> str:
     return f"{type(term).__name__}({', '.join([*name, *fields, *custom])})"
 
 
-def objective_rows(objective: CompositeLoss) -> Rows:
+def objective_rows(plan: Plan, leaves: Leaves) -> Rows:
     """One row a term: its name, weight, place, and what it is."""
-    plan, fns = objective.plan, objective.plan.fns(objective.leaves)
+    fns = plan.fns(leaves)
     rows = [["term", "weight", "on", "function"], ["base loss", "", "outputs", called(fns[0])]]
     for name, place, fn in zip(plan.names[1:], plan.places[1:], fns[1:], strict=True):
-        rows.append([name, weight_text(objective, name), place, called(fn)])
+        rows.append([name, weight_text(plan, leaves, name), place, called(fn)])
     return rows
 
 
-def objective_rest(objective: CompositeLoss) -> list[str]:
+def objective_rest(plan: Plan, leaves: Leaves) -> list[str]:
     """What an objective has besides terms: its model and its norms."""
-    plan = objective.plan
     rest = []
     if plan.model is not None:
-        rest.append(f"forward={called(plan.model.with_arrays(objective.leaves.model))}")
+        rest.append(f"forward={called(plan.model.with_arrays(leaves.model))}")
     if plan.has_aux:
         rest.append("has_aux=True")
     if plan.norms is not None:
@@ -73,13 +69,13 @@ def objective_rest(objective: CompositeLoss) -> list[str]:
     return rest
 
 
-def weight_text(objective: CompositeLoss, name: str) -> str:
+def weight_text(plan: Plan, leaves: Leaves, name: str) -> str:
     """A term's weight: a number, several where vmap stacked them, or that it follows a schedule."""
-    schedule = objective.plan.schedules[objective.plan.names.index(name)]
-    constant = number(objective.leaves.constants[name])
+    schedule = plan.schedules[plan.names.index(name)]
+    constant = number(leaves.constants[name])
     if schedule is None:
         return constant
-    held = readable(objective.leaves.held[name])
+    held = readable(leaves.held[name])
     if held is None:  # traced: it may be either
         return f"schedule or {constant}"
     return constant if held.all() else "schedule"

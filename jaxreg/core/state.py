@@ -50,10 +50,17 @@ def own_state(state: PyTree, name: str) -> PyTree:
     return state["terms"][name]
 
 
+def none_if_empty(state: PyTree) -> PyTree:
+    """The state; None for an empty one, which is no other program."""
+    return None if isinstance(state, Mapping | tuple | list) and not state else state
+
+
 def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
     """The state for the next step, of this step's and of what each term made of its own."""
-    if not state:
+    if state is None:
         return {}
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state= is what objective.init() gives: {REMEDY}{_got(state)}")
     following = dict(state)
     if "step" in state:
         following["step"] = state["step"] + 1

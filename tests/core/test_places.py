@@ -260,6 +260,16 @@ def test_what_is_no_state(state, got):
         scheduled(X, state=state)
 
 
+@pytest.mark.parametrize(("state", "got"), [(3, r"int32\[\]"), (X, r"float32\[3\]"), ((X, X), "tuple")])
+def test_what_is_no_state_though_nothing_needs_one(state, got):
+    objective = jr.compose(base)
+    for call in (objective, objective.value_and_grad, jax.jit(lambda x, state: objective(x, state=state))):
+        with pytest.raises(TypeError, match=rf"state= is what objective.init\(\) gives: .*; got {got}"):
+            call(X, state=state)
+    for empty in (None, {}, ()):
+        assert objective(X, state=empty)[1].state == {}
+
+
 def donated():
     """An objective whose reference a later program was given to overwrite."""
     start = {"w": jnp.ones(3)}

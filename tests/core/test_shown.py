@@ -245,9 +245,9 @@ def test_a_token_batch_shows_what_it_holds():
         "  mask     bool     [2, 4]             0 … 1",
         "  weights  float32  [2, 4]             0 … 1",
         "  lengths  int32    [2]                1 … 2",
-        "  ref      float32  [2, 4]            -4 … 0",
+        "  ref      float32  [2, 4]           -4 … -1",
     ]
-    assert Cells(batch._repr_html_()).rows[-1] == ["ref", "float32", "[2, 4]", "-4 … 0"]
+    assert Cells(batch._repr_html_()).rows[-1] == ["ref", "float32", "[2, 4]", "-4 … -1"]
     assert repr(jax.vmap(lambda batch: batch)(jax.tree.map(lambda a: a[None], batch))).startswith(
         "TokenBatch\n"
     )
