@@ -156,6 +156,7 @@ def run(main: Callable[[list[str] | None], Any], arguments: list[str] | None = N
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    missing = isinstance(error, ModuleNotFoundError)
-    hint = f': pip install "jaxreg[examples]", or {error.name} alone' if missing else ""
+    hint = ""
+    if isinstance(error, ModuleNotFoundError):
+        hint = f': pip install "jaxreg[examples]", or {error.name} alone'
     return " ".join(str(error).split()) + hint
