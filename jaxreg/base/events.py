@@ -1,30 +1,34 @@
 """What happened, told to whoever asked: events, and the handlers that are attached to them.
 
-=============================  =========================================================================
-``custom_loss.start``          a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
-``custom_loss.stop``           it has its loss and gradient; measurements: ``duration`` (seconds) and its
-                               parts, if known; metadata: ``output`` (its `CustomLossOutput` of
-                               floats), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
-                               the caller's), ``inputs`` (an `Inputs`, or None), ``state_step`` (which
-                               step its state is for; None where there is none)
-``custom_loss.exception``      it failed; metadata: ``error``, ``inputs``
-``regularizer.compute.start``  a host term begins; metadata: ``term``
-``regularizer.compute.stop``   a term has its value; measurements: ``value``, ``weight``,
-                               ``contribution``, ``grad_norm`` and ``grad_norm_weighted`` where tracked,
-                               ``duration`` for host terms only: compiled terms have none of their own.
-                               A host term whose step failed before it counted has its duration alone,
-                               and ``counts=False`` in the metadata
-``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
-``compile.start``              XLA begins to compile a program with an objective in it, which was traced
-                               before; metadata as of ``compile``
-``compile``                    it has compiled it; measurements: ``duration``, tracing included; metadata:
-                               ``program``, ``changed`` (what was new: shapes, dtypes, functions),
-                               ``terms``, ``functions`` (a number that tells objectives of equal names
-                               apart)
-``server.exception``           the remote backward request failed after the loss was told; metadata:
-                               ``error``
-``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
-=============================  =========================================================================
+``custom_loss.start``
+    a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
+``custom_loss.stop``
+    it has its loss and gradient; measurements: ``duration`` (seconds) and its parts, if known;
+    metadata: ``output`` (its `CustomLossOutput` of floats), ``report`` (its ``to_dict()``), ``metrics``
+    (its flat names, and the caller's), ``inputs`` (an `Inputs`, or None), ``state_step`` (which step
+    its state is for; None where there is none)
+``custom_loss.exception``
+    it failed; metadata: ``error``, ``inputs``
+``regularizer.compute.start``
+    a host term begins; metadata: ``term``
+``regularizer.compute.stop``
+    a term has its value; measurements: ``value``, ``weight``, ``contribution``, ``grad_norm`` and
+    ``grad_norm_weighted`` where tracked, ``duration`` for host terms only: compiled terms have none of
+    their own. A host term whose step failed before it counted has its duration alone, and
+    ``counts=False`` in the metadata
+``regularizer.compute.exception``
+    a host term failed; metadata: ``term``, ``error``, ``on_error``
+``compile.start``
+    XLA begins to compile a program with an objective in it, which was traced before; metadata as of
+    ``compile``
+``compile``
+    it has compiled it; measurements: ``duration``, tracing included; metadata: ``program``, ``changed``
+    (what was new: shapes, dtypes, functions), ``terms``, ``functions`` (a number that tells objectives
+    of equal names apart)
+``server.exception``
+    the remote backward request failed after the loss was told; metadata: ``error``
+``warning``
+    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
 """
 
 from __future__ import annotations

@@ -64,6 +64,11 @@ def log(
     """
     if not listening():
         return
+    if not isinstance(output, CustomLossOutput):
+        raise TypeError(
+            f"log takes the output of a step, a CustomLossOutput, got {type(output).__name__}; of "
+            f"`(loss, out), gradient = objective.value_and_grad(...)` it is `out`"
+        )
     step = None if step is None else operator.index(step)  # a NumPy or JAX integer, as state["step"] is
     host = output.on_host()
     report, flat = host.to_dict(), host.to_flat_dict()

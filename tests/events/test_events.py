@@ -373,3 +373,10 @@ def test_a_step_that_never_began_is_told():
     with attached(heard), pytest.raises(ValueError, match="there is no data"):
         jr.client.forward_backward_custom(Scripted(), [], sft(), step=4)
     assert [(event.name, event.step) for event in heard] == [("custom_loss.exception", 4)]
+
+
+def test_log_says_what_it_wants():
+    objective = jr.compose(lambda x, batch: jnp.sum(x))
+    result = objective(jnp.ones(3))
+    with jr.telemetry.attached(lambda event: None), pytest.raises(TypeError, match="it is `out`"):
+        jr.telemetry.log(result[0])
