@@ -17,7 +17,9 @@ class Datum:
 
     Args:
       model_input: the tokens, [T] integers (or an SDK's ``ModelInput``).
-      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always.
+      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always. ``weights``, [T] or
+        [T, K], says how much each target counts: 0 for a prompt's, 1 for all by default. What else there
+        is reaches the terms by its name, and never the server.
 
     Example:
       >>> import jaxreg as jr
@@ -32,7 +34,12 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class AdamParams:
-    """Settings of one AdamW step, with the remote API's names and defaults."""
+    """Settings of one AdamW step, with the remote API's names and defaults.
+
+    Args:
+      learning_rate, beta1, beta2, eps, weight_decay: as in `optax.adamw`.
+      grad_clip_norm: the gradient's norm is clipped to it; 0 for no clipping.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
