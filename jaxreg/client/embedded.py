@@ -43,7 +43,7 @@ class EmbeddedTrainingClient:
 
     Requests run one after the other, in the order in which they are issued, in a thread of their own;
     every call gives a future at once. The loss is the API's linear cross-entropy, ``Σ −weight·logprob``,
-    summed over tokens and datums; gradients add up until ``optim_step``.
+    summed over tokens and datums; gradients add up until ``optim_step``. It does not sample.
 
     Args:
       apply_fn: the model, ``apply_fn(params, tokens [B, T]) -> logits [B, T, V]``, causal; by default a
@@ -108,7 +108,10 @@ class EmbeddedTrainingClient:
     def forward(
         self, data: Sequence[Any], loss_fn: str, loss_fn_config: Any = None
     ) -> ClientFuture[ForwardBackwardOutput]:
-        """The logprobs of every datum's targets."""
+        """The logprobs of every datum's targets, ``reply.loss_fn_outputs[i]["logprobs"]``; nothing trains.
+
+        As in the API the data needs ``weights``, of any size, also where only logprobs are wanted.
+        """
         return self._enqueue(self._run, list(data), loss_fn, False)
 
     def forward_backward(

@@ -19,7 +19,9 @@ class Datum:
 
     Args:
       model_input: the tokens, [T] integers (or an SDK's ``ModelInput``).
-      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always.
+      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always. ``weights``, [T] or
+        [T, K], says how much each target counts: 0 for a prompt's, 1 for all by default. What else there
+        is reaches the terms by its name, and never the server.
 
     Example:
       >>> import jaxreg as jr
@@ -36,10 +38,9 @@ class Datum:
 class AdamParams:
     """Settings of one AdamW step, with the remote API's names and defaults.
 
-    Example:
-      >>> import jaxreg as jr
-      >>> jr.client.AdamParams(learning_rate=3e-4, grad_clip_norm=1.0).beta2
-      0.95
+    Args:
+      learning_rate, beta1, beta2, eps, weight_decay: as in `optax.adamw`.
+      grad_clip_norm: the gradient's norm is clipped to it; 0 for no clipping.
     """
 
     learning_rate: float = 1e-4
