@@ -39,7 +39,7 @@ class AdamParams:
     """Settings of one AdamW step, with the remote API's names and defaults.
 
     Args:
-      learning_rate, beta1, beta2, eps, weight_decay: as in `optax.adamw`.
+      learning_rate, beta1, beta2, eps, weight_decay: as in ``optax.adamw``.
       grad_clip_norm: the gradient's norm is clipped to it; 0 for no clipping.
     """
 
