@@ -145,13 +145,20 @@ def test_the_service_says_what_is_wrong_and_ends_quietly():
         done = subprocess.run([*program, port], capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as service:
-        port = service.stdout.readline().split()[-1]
-        done = subprocess.run([*program, port], capture_output=True, text=True, check=False, timeout=60)
-        assert (done.returncode, done.stderr) == (1, f"port {port}: Address already in use\n")
-        service.send_signal(signal.SIGINT)
-        assert service.communicate(timeout=60)[1] == ""
-        assert service.returncode == 0
+    # As at a terminal: what a shell starts in the background, these tests perhaps, is told to ignore Ctrl-C.
+    heard = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heard += f"sys.argv = ['facts_service.py']; runpy.run_path({program[1]!r}, run_name='__main__')"
+    command = [sys.executable, "-c", heard]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            port = service.stdout.readline().split()[-1]
+            done = subprocess.run([*program, port], capture_output=True, text=True, check=False, timeout=60)
+            assert (done.returncode, done.stderr) == (1, f"port {port}: Address already in use\n")
+            service.send_signal(signal.SIGINT)
+            assert service.communicate(timeout=60)[1] == ""
+            assert service.returncode == 0
+        finally:
+            service.kill()
 
 
 def test_the_check_is_printed_when_asked_for(recipe, capsys):
