@@ -7,14 +7,14 @@ python docs/build.py --only tutorials/vae norms   # these pages alone, to look a
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from sphinx.util.inventory import InventoryFile
-
 from public import MODULES, public_names
+from sphinx.util.inventory import InventoryFile
 
 DOCS = Path(__file__).parent
 SITE = DOCS / "_build" / "html"
@@ -40,7 +40,13 @@ def main() -> int:
 
 def sphinx(out: Path, jobs: str, *options: str) -> int:
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", jobs, *options, str(DOCS), str(out)]
-    return subprocess.run(command, check=False).returncode
+    environment = os.environ | {
+        # `!python` in a page is this one; forking for it, just before another program starts, is no danger.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning",
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+    }
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def alone(pages: list[str]) -> list[str]:

@@ -29,7 +29,7 @@ MODULES = (
 
 
 def public_names(module: str) -> Iterator[tuple[str, Any]]:
-    """What a module offers: what its entrance imports ``as`` itself, or, in a file, what has no underscore."""
+    """What a room's entrance imports ``as`` itself, or what a file has without an underscore."""
     found = importlib.import_module(module)
     tree = ast.parse(Path(found.__file__).read_text())
     if found.__file__.endswith("__init__.py"):

@@ -1,15 +1,16 @@
 """A service that finds telephone numbers in text: a stand-in for a knowledge base or a judge.
 
-python examples/facts_service.py PORT
+python examples/facts_service.py [PORT]
 
 It answers ``POST /`` with the body ``{"texts": [[byte, ...], ...]}`` by ``{"flags": [[0 or 1, ...], ...]}``.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import re
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NUMBER = re.compile(rb"\d{3}-\d{4}")
@@ -36,7 +37,26 @@ def flags(text: bytes) -> list[int]:
     return found
 
 
-if __name__ == "__main__":
-    with ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Service) as server:
+def port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= (value := int(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 65535 is expected, not {text!r}")
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("port", type=port, nargs="?", default=0, help="by default any that is free")
+    options = parser.parse_args()
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", options.port), Service)
+    except OSError as error:
+        raise SystemExit(f"port {options.port}: {error.strerror}") from None
+    with server, contextlib.suppress(KeyboardInterrupt):
         print(f"listening on port {server.server_port}", flush=True)
         server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

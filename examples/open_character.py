@@ -9,7 +9,6 @@ answer-token NLL. The pairs are made here: kind answers against curt ones.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import terminal
 
 import jaxreg as jr
 
@@ -80,8 +80,9 @@ def supervised_objective() -> jr.CompositeLoss:
 
 
 def train(
-    objective: jr.CompositeLoss, params: Any, batches: list[jr.TokenBatch], steps: int, every: int
+    objective: jr.CompositeLoss, params: Any, batches: list[jr.TokenBatch], steps: int, stop: terminal.Stop
 ) -> Any:
+    """The params after so many steps, or after fewer, where it is told to stop."""
     optimizer = optax.adam(3e-3)
     opt_state = optimizer.init(params)
 
@@ -92,9 +93,9 @@ def train(
         return optax.apply_updates(params, updates), opt_state, out
 
     params = jax.tree.map(jnp.copy, params)
-    for i, batch in zip(range(steps), itertools.cycle(batches), strict=False):
-        params, opt_state, out = step(objective, params, opt_state, batch)
-        if i % every == 0 or i == steps - 1:
+    for i in stop.range(steps):
+        params, opt_state, out = step(objective, params, opt_state, batches[i % len(batches)])
+        if i % max(1, steps // 6) == 0 or i == steps - 1:
             flat = out.to_flat_dict()
             shown = [f"step {i:4d}", f"loss {flat['loss/total']:.4f}"]
             shown += [f"{k.split('/')[-1]} {v:.3f}" for k, v in flat.items() if k.startswith("loss/base/")]
@@ -104,9 +105,9 @@ def train(
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="of each stage")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = terminal.Parser(__doc__)
+    parser.add_argument("--steps", type=terminal.steps, default=120, help="of each stage; default: 120")
+    parser.add_argument("--seed", type=terminal.seed, default=0)
     options = parser.parse_args(arguments)
     rows, rng = pairs(), np.random.default_rng(options.seed)
     start = initial_params(options.seed)
@@ -120,11 +121,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         jr.TokenBatch.pack_pairs(*zip(*paired[i : i + 8], strict=True)) for i in range(0, len(paired), 8)
     ]
 
-    print("preference stage")
-    tuned = train(preference_objective(), start, batches, options.steps, max(1, options.steps // 6))
-    print("supervised stage, on the chosen answers")
     chosen = [jr.TokenBatch.pack([pair[0] for pair in paired[i : i + 16]]) for i in range(0, len(paired), 16)]
-    tuned = train(supervised_objective(), tuned, chosen, options.steps, max(1, options.steps // 6))
+    with terminal.stoppable() as stop, jr.telemetry.attached(terminal.tell_of_compiling):
+        print("preference stage")
+        tuned = train(preference_objective(), start, batches, options.steps, stop)
+        if not stop:
+            print("supervised stage, on the chosen answers")
+            tuned = train(supervised_objective(), tuned, chosen, options.steps, stop)
 
     _, out = preference_objective()(tuned, batches[0])
     metrics = {k: float(v) for k, v in out.base_loss.custom.items()}
@@ -133,4 +136,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

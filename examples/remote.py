@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import terminal
 
 import jaxreg as jr
 
@@ -48,11 +49,13 @@ class Remote:
         return self.datum(_tokens(datum), {**datum.loss_fn_inputs, **inputs})
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def options(description: str | None) -> terminal.Parser:
+    parser = terminal.Parser(description)
+    parser.add_argument(
+        "--base-url",
+        type=terminal.url,
+        help="a server of the Tinker API; without it, a trainer in this process",
     )
-    parser.add_argument("--base-url", help="of a server of the Tinker API; without it, an embedded trainer")
     parser.add_argument("--model", default="Qwen/Qwen3-8B", help="the server's base model")
     parser.add_argument(
         "--tokenizer", help="'bytes', or a path or name for transformers; by default what the SDK finds"
@@ -60,22 +63,28 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--unroll-top-k", action="store_true", help="for servers that know one target a token, as TuFT does"
     )
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=terminal.steps, default=30)
+    parser.add_argument("--learning-rate", type=terminal.rate, default=3e-3)
     parser.add_argument("--check", action="store_true", help="first measure whether the server is linear")
     return parser
 
 
 def connect(chosen: argparse.Namespace) -> Remote:
     """The embedded trainer, whose tokens are bytes, or a LoRA training client of a server."""
+    print(f"training on {chosen.base_url or 'a small model in this process'} ...", flush=True)
     if not chosen.base_url:
         client = jr.client.EmbeddedTrainingClient(vocabulary=256)
         remote = Remote(client, jr.client.Datum, _encoder("bytes", client), jr.client.AdamParams)
     else:
-        import tinker
-
-        service = tinker.ServiceClient(base_url=chosen.base_url)
-        client = service.create_lora_training_client(base_model=chosen.model, rank=16)
+        try:
+            import tinker
+        except ModuleNotFoundError as error:
+            raise ImportError('--base-url needs the Tinker SDK: pip install "jaxreg[tinker]"') from error
+        try:
+            service = tinker.ServiceClient(base_url=chosen.base_url)
+            client = service.create_lora_training_client(base_model=chosen.model, rank=16)
+        except tinker.TinkerError as error:
+            raise ConnectionError(f"{chosen.base_url} gives no training client: {error}") from error
 
         def datum(tokens: Sequence[int], inputs: dict[str, Any]) -> Any:
             model_input = tinker.ModelInput.from_ints(list(tokens))
@@ -99,31 +108,36 @@ def answer(remote: Remote, prompt: str, text: str, **inputs: Any) -> Any:
 def train(
     remote: Remote, data: Sequence[Any], objective: jr.CompositeLoss, chosen: argparse.Namespace
 ) -> list[jr.client.CustomResult]:
-    """Train on all the data at once, and print what every term does."""
+    """Train on all the data at once, and print what every term does, until Ctrl-C at most."""
     settings = remote.adam(learning_rate=chosen.learning_rate)
     state, results = objective.init(), []
-    for i in range(chosen.steps):
-        step = jr.client.forward_backward_custom(
-            remote.client,
-            data,
-            objective,
-            state=state,
-            top_k="unrolled" if chosen.unroll_top_k else "native",
-        )
-        update = remote.client.optim_step(settings)
-        result = step.result()
-        update.result()
-        state = result.output.state
-        results.append(result)
-        if i % max(1, chosen.steps // 6) == 0 or i == chosen.steps - 1:
-            terms = "  ".join(
-                f"{name} {term.contribution:+.3f} (grad {term.grad_norm_weighted:.2g})"
-                for name, term in result.output.regularizers.items()
+    with terminal.stoppable() as stop, jr.telemetry.attached(terminal.tell_of_compiling):
+        for i in stop.range(chosen.steps):
+            step = jr.client.forward_backward_custom(
+                remote.client,
+                data,
+                objective,
+                state=state,
+                top_k="unrolled" if chosen.unroll_top_k else "native",
             )
-            out = result.output
-            base = f"base {out.base_loss.value:8.3f}"
-            print(f"step {i:3d}  loss {out.loss_total:8.3f}  {base}  {terms}".rstrip())
+            update = remote.client.optim_step(settings)
+            result = step.result()
+            update.result()
+            state = result.output.state
+            results.append(result)
+            if i % max(1, chosen.steps // 6) == 0 or i == chosen.steps - 1:
+                print(shown(i, result.output))
     return results
+
+
+def shown(step: int, output: jr.CustomLossOutput) -> str:
+    """A line about a step."""
+    terms = "  ".join(
+        f"{name} {term.contribution:+.3f} (grad {term.grad_norm_weighted:.2g})"
+        for name, term in output.regularizers.items()
+    )
+    base = f"base {output.base_loss.value:8.3f}"
+    return f"step {step:3d}  loss {output.loss_total:8.3f}  {base}  {terms}".rstrip()
 
 
 def _encoder(name: str | None, client: Any) -> Callable[[str], list[int]]:

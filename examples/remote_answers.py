@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import remote as api
+import terminal
 
 import jaxreg as jr
 
@@ -44,4 +45,4 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -12,6 +12,7 @@ import itertools
 
 import numpy as np
 import remote as api
+import terminal
 from open_character import KIND, TOPICS
 
 import jaxreg as jr
@@ -55,4 +56,4 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

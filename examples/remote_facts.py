@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import remote as api
+import terminal
 
 import jaxreg as jr
 
@@ -60,7 +61,8 @@ class Service:
 
     def start(self) -> None:
         program = [sys.executable, str(Path(__file__).with_name("facts_service.py")), str(self.port)]
-        self._process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+        # In a group of its own: Ctrl-C is for the training, which ends the service when it has ended.
+        self._process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, process_group=0)
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline().split()[-1])
 
@@ -84,7 +86,7 @@ def running_service() -> Iterator[Service]:
 def main(arguments: list[str] | None = None) -> list[jr.CustomLossOutput]:
     parser = api.options(__doc__)
     parser.set_defaults(steps=60)
-    parser.add_argument("--log", default="runs/facts/run.jsonl", help="the run's JSONL file")
+    parser.add_argument("--log", type=Path, default=Path("runs/facts/run.jsonl"), help="the run's file")
     chosen = parser.parse_args(arguments)
     remote = api.connect(chosen)
     data = [
@@ -93,14 +95,15 @@ def main(arguments: list[str] | None = None) -> list[jr.CustomLossOutput]:
     ]
     settings = remote.adam(learning_rate=chosen.learning_rate)
     killed, restarted = chosen.steps // 3, 2 * chosen.steps // 3
-    outputs = []
-    Path(chosen.log).unlink(missing_ok=True)
+    outputs: list[jr.CustomLossOutput] = []
+    log = jr.telemetry.JSONL(terminal.new_run(chosen.log))
     with (
+        terminal.stoppable() as stop,
         running_service() as service,
         jr.host.HostRegularizer(
             "facts", Facts(f"http://127.0.0.1:{service.port}/"), weight=20.0, timeout=5.0, on_error="last"
         ) as facts,
-        jr.telemetry.attached(jr.telemetry.JSONL(chosen.log), jr.telemetry.Warnings()),
+        jr.telemetry.attached(log, jr.telemetry.Warnings(), terminal.tell_of_compiling),
     ):
         objective = jr.compose(
             jr.losses.CrossEntropy(reduction="token_mean"),
@@ -111,7 +114,7 @@ def main(arguments: list[str] | None = None) -> list[jr.CustomLossOutput]:
             track_grad_norms=True,
         )
         began = time.perf_counter()
-        for step in range(chosen.steps):
+        for step in stop.range(chosen.steps):
             if step == killed:
                 service.kill()
                 print("          the service is killed")
@@ -123,8 +126,9 @@ def main(arguments: list[str] | None = None) -> list[jr.CustomLossOutput]:
             outputs.append(future.result().output)
             if step % max(1, chosen.steps // 12) == 0 or step in (killed, restarted, chosen.steps - 1):
                 print(shown(step, outputs[-1]))
-    print(f"{chosen.steps} steps in {time.perf_counter() - began:.1f} s; see them with")
-    print(f"  python -m jaxreg watch {chosen.log} --once\n  python -m jaxreg report {chosen.log}")
+    if outputs:
+        print(f"{len(outputs)} steps in {time.perf_counter() - began:.1f} s; see them with")
+        print(f"  python -m jaxreg watch {chosen.log} --once\n  python -m jaxreg report {chosen.log}")
     return outputs
 
 
@@ -139,4 +143,4 @@ def shown(step: int, output: jr.CustomLossOutput) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -6,6 +6,7 @@ python examples/remote_finetune.py [--base-url URL --model NAME] [--steps N] [--
 from __future__ import annotations
 
 import remote as api
+import terminal
 from open_character import KIND, TOPICS
 
 import jaxreg as jr
@@ -33,4 +34,4 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 
 import remote as api
+import terminal
 from open_character import CURT, KIND, TOPICS, preference_objective
 
 import jaxreg as jr
@@ -27,14 +28,18 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
     start = remote.logprobs(data)
     data = [remote.with_inputs(d, ref_logprobs=ref) for d, ref in zip(data, start, strict=True)]
 
-    print("preference stage")
-    results = api.train(remote, data, preference_objective(forward=None), chosen)
-    accuracy = {k: round(float(v), 2) for k, v in results[-1].output.base_loss.custom.items()}
-    print(f"  {accuracy}")
-    print("supervised stage, on the chosen answers")
     supervised = jr.compose(jr.losses.CrossEntropy(reduction="datum_mean"))
-    return results + api.train(remote, data[::2], supervised, chosen)
+    with terminal.stoppable() as stop:
+        print("preference stage")
+        results = api.train(remote, data, preference_objective(forward=None), chosen)
+        if results:
+            accuracy = {k: round(float(v), 2) for k, v in results[-1].output.base_loss.custom.items()}
+            print(f"  {accuracy}")
+        if not stop:
+            print("supervised stage, on the chosen answers")
+            results += api.train(remote, data[::2], supervised, chosen)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

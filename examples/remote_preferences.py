@@ -9,6 +9,7 @@ import itertools
 
 import optax
 import remote as api
+import terminal
 from open_character import CURT, KIND, TOPICS
 
 import jaxreg as jr
@@ -41,4 +42,4 @@ def main(arguments: list[str] | None = None) -> list[jr.client.CustomResult]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

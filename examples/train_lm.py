@@ -2,7 +2,7 @@
 
 The text is the language reference that comes with Python (``pydoc_data.topics``), so nothing is
 downloaded. One base loss and six regularizers, on the outputs and on the params, one of them on a
-schedule; exact norms of every term's gradient in parameter space; about two minutes on two cores.
+schedule; exact norms of every term's gradient in parameter space; some minutes on two cores.
 
     python examples/train_lm.py
     python examples/train_lm.py --without kl_bigram              # ablations
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import terminal
 from flax import nnx
 from text import bigram_table, bits_per_byte_of_table, load_text
 
@@ -107,8 +108,8 @@ def windows(text: jax.Array, table: jax.Array, starts: jax.Array) -> jr.TokenBat
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train, write ``run.jsonl``, ``terms.png`` and a report, and return the held-out bits per byte."""
     options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     text, held_out = load_text()
+    print(f"{len(text):,} bytes to learn, {len(held_out):,} held out; building the model ...", flush=True)
     table = jnp.asarray(bigram_table(text))
     model = Transformer(nnx.Rngs(options.seed))
     graph, params = nnx.split(model, nnx.Param)
@@ -117,8 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return nnx.merge(graph, params)(batch["tokens"])
 
     start = jax.tree.map(jnp.copy, params)
-    objective = build_objective(forward, start, options.steps)
-    objective = objective.without(*options.without).with_weights(dict(options.weight))
+    objective = weighted(build_objective(forward, start, options.steps), options)
     warm_up = optax.warmup_cosine_decay_schedule(0.0, 3e-3, options.steps // 10, options.steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warm_up, b2=0.98))
     opt_state = optimizer.init(params)
@@ -150,42 +150,63 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         rows = np.resize(starts, (len(starts) // BATCH, BATCH))
         return float(np.mean([nats(params, held_out, row) for row in rows]) / np.log(2))
 
-    before = bits_per_byte(params)
-    print(f"{len(text):,} bytes to learn, {len(held_out):,} held out")
+    with jr.telemetry.attached(terminal.tell_of_compiling):
+        before = bits_per_byte(params)
     table_bits = bits_per_byte_of_table(held_out, text)
     print(f"held out before: {before:.3f} bits a byte; the bigram table alone: {table_bits:.3f}")
 
     rng, state, began = np.random.default_rng(options.seed), objective.init(), time.perf_counter()
-    log = options.out / "run.jsonl"
-    log.unlink(missing_ok=True)  # JSONL goes on with a file that is there; this run is a new one
-    with jr.telemetry.attached(jr.telemetry.JSONL(log)), jr.telemetry.LiveTable(options.steps):
-        last: jr.CustomLossOutput | None = None
-        for step in range(options.steps):
+    log = terminal.new_run(options.out / "run.jsonl")
+    last: jr.CustomLossOutput | None = None
+    with (
+        terminal.stoppable() as stop,
+        jr.telemetry.attached(jr.telemetry.JSONL(log)),
+        jr.telemetry.LiveTable(options.steps),
+    ):
+        for step in stop.range(options.steps):
             starts = rng.integers(0, len(text) - LENGTH - 1, BATCH)
             params, opt_state, out = train_step(objective, params, opt_state, state, text, starts)
             state = out.state
             if last is not None:  # one step behind, so that the host never waits for the device
                 jr.telemetry.log(last, step=step - 1)
-            last = out
+            last, done = out, step
         if last is not None:
-            jr.telemetry.log(last, step=options.steps - 1)
+            jr.telemetry.log(last, step=done)
+    if last is None:
+        return {"before": before}
 
-    after = bits_per_byte(params)
+    seconds = time.perf_counter() - began
     picture = jr.telemetry.plot(log, options.out / "terms.png")
     page = jr.telemetry.report(log, out=options.out / "report")
-    print(f"held out after:  {after:.3f} bits a byte, in {time.perf_counter() - began:.0f} s of training")
-    print(f"a line a step in {log}, the picture in {picture}, the report in {page}")
+    print(f"a line a step in {log}, the picture in {picture}, the report in {page}", flush=True)
+    after = bits_per_byte(params)
+    print(f"held out after:  {after:.3f} bits a byte, in {seconds:.0f} s of training")
     return {"before": before, "after": after}
 
 
+def weighted(objective: jr.CompositeLoss, options: argparse.Namespace) -> jr.CompositeLoss:
+    """With the weights of the command line: the same compiled program."""
+    return objective.without(*options.without).with_weights(dict(options.weight))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="where the files go")
+    """The options, checked before anything takes time."""
+    parser = terminal.Parser(__doc__)
+    parser.add_argument("--steps", type=terminal.steps, default=700)
+    parser.add_argument("--seed", type=terminal.seed, default=0)
+    parser.add_argument(
+        "--out", type=terminal.folder, default=Path("runs/train_lm"), help="where the files go"
+    )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="switch a term off")
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=VALUE", type=assignment)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        weighted(build_objective(lambda params, batch: params, {}, options.steps), options)
+    except (KeyError, ValueError) as error:  # no term of that name, or no weight
+        parser.error(str(error.args[0]))
+    terminal.need("rich", "matplotlib")  # not found missing after the training
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def assignment(text: str) -> tuple[str, float]:
@@ -198,4 +219,4 @@ def assignment(text: str) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -1,8 +1,8 @@
 """Writes the pages that are made from the code: the gallery of terms and the API reference.
 
-A term's place is the gallery, under what its file says of all of its kind; every other public name has a place
-in the API reference, whose index lists all of them. What is written stands in ``docs/gallery`` and ``docs/api``
-and is no part of the repository.
+A term's place is the gallery, under what its file says of all of its kind; every other public name has a
+place in the API reference, whose index lists all of them. What is written stands in ``docs/gallery`` and
+``docs/api`` and is no part of the repository.
 """
 
 from __future__ import annotations
@@ -26,25 +26,40 @@ GALLERY = {
         "Base losses",
         "What a model is trained for. One of them, or a function of your own, is the first argument of "
         "{py:func}`jaxreg.compose`.",
+        ("likelihood", "policy", "gspo", "preference", "distillation"),
     ),
     "jaxreg.regularizers": (
         "Regularizers",
-        "What is added to it, each with a name and a weight of its own. Those on parameters say so themselves; "
-        "any other is on what the base loss is on. {py:func}`jaxreg.of` gives a term one field of the outputs.",
+        "What is added to it, each with a name and a weight of its own. Those on parameters say so "
+        "themselves; any other is on what the base loss is on. {py:func}`jaxreg.of` gives a term one field "
+        "of the outputs.",
+        (),  # in the order in which the room has them
     ),
 }
 SHAPES = (
-    "Shapes: B datums, T tokens, K given tokens a place, V words. Unless a term says otherwise it counts tokens "
-    "with the batch's `weights`, which default to its mask, and its value is a mean over them. What stands after "
-    "an argument in the signature is its default."
+    "Shapes: B datums, T tokens, K given tokens a place, V words. Unless a term says otherwise it counts "
+    "tokens with the batch's `weights`, which default to its mask, and its value is a mean over them. An "
+    "argument's default stands in the signature, and in **bold** where it is said what it does."
 )
 API = {
-    "jaxreg": ("Objectives and batches", "The face of the package: `import jaxreg as jr`."),
-    "jaxreg.client": ("Remote fine-tuning", "`jr.client`: the server runs the model, the loss is yours."),
-    "jaxreg.client.payload": ("Payloads", "`jr.client.payload`: a request without any SDK."),
-    "jaxreg.host": ("Host terms", "`jr.host`: terms that are no arrays."),
-    "jaxreg.telemetry": ("Telemetry", "`jr.telemetry`: events, sinks, warnings, recordings, reports."),
-    "jaxreg.testing": ("Testing", "`jr.testing`: is this JAX right, and is this term?"),
+    "jaxreg": (
+        "Objectives and batches",
+        "The face of the package: `import jaxreg as jr`.",
+        "jaxreg.core.spec",
+    ),
+    "jaxreg.client": (
+        "Remote fine-tuning",
+        "`jr.client`: the server runs the model, the loss is yours.",
+        None,
+    ),
+    "jaxreg.client.payload": ("Payloads", "`jr.client.payload`: a request without any SDK.", None),
+    "jaxreg.host": ("Host terms", "`jr.host`: terms that are no arrays.", None),
+    "jaxreg.telemetry": (
+        "Telemetry",
+        "`jr.telemetry`: events, sinks, warnings, recordings, reports. The events are:",
+        "jaxreg.base.events",
+    ),
+    "jaxreg.testing": ("Testing", "`jr.testing`: is this JAX right, and is this term?", None),
 }
 
 
@@ -65,8 +80,8 @@ def write_pages(app: Sphinx) -> None:
 
 def gallery_page(module: str) -> str:
     """Terms by the files that they stand in, each under what the file says of all."""
-    title, lead = GALLERY[module]
-    files: dict[str, list[str]] = {}
+    title, lead, order = GALLERY[module]
+    files: dict[str, list[str]] = {f"{module}.{file}": [] for file in order}
     for name, term in public_names(module):
         files.setdefault(term.__module__, []).append(name)
     parts = [
@@ -76,8 +91,8 @@ def gallery_page(module: str) -> str:
         summary(module, [name for names in files.values() for name in names]),
     ]
     for file, names in files.items():
-        head, *rest = (sys.modules[file].__doc__ or "").strip().split("\n")
-        parts += [f"## {head.rstrip('.')}", rst("\n".join(rest).strip())]
+        heading = file.rpartition(".")[2].capitalize()
+        parts += [f"## {heading}", rst((sys.modules[file].__doc__ or "").strip())]
         for name in names:
             parts += [f"### {name}", rst(f".. autoclass:: {module}.{name}\n   :no-index-entry:")]
             if name in PLOTTED:
@@ -86,12 +101,13 @@ def gallery_page(module: str) -> str:
 
 
 def api_page(module: str) -> str:
-    title, lead = API[module]
+    title, lead, told = API[module]
     names = dict(public_names(module))
-    parts = [f"# {title}", lead, summary(module, sorted(names, key=str.lower))]
+    parts = [f"# {title}", lead, rst((sys.modules[told].__doc__ or "").strip()) if told else ""]
+    parts.append(summary(module, sorted(names, key=str.lower)))
     for name in sorted(names, key=str.lower):
         parts += [f"## {name}", rst(entry(module, name, names[name]))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def entry(module: str, name: str, value: Any) -> str:
@@ -106,7 +122,7 @@ def index_page() -> str:
     """Every public name, on one page."""
     parts = ["# API reference", "Every public name, with its first sentence."]
     for module in MODULES:
-        title = GALLERY[module][0] if module in GALLERY else API[module][0]
+        title = (GALLERY.get(module) or API[module])[0]
         parts += [f"## {title}", summary(module, sorted((n for n, _ in public_names(module)), key=str.lower))]
     pages = "\n".join(map(page_name, API))
     return "\n\n".join(parts) + f"\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"

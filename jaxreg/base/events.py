@@ -1,27 +1,34 @@
 """What happened, told to whoever asked: events, and the handlers that are attached to them.
 
-=============================  =========================================================================
-``custom_loss.start``          a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
-``custom_loss.stop``           it has its loss and gradient; measurements: ``duration`` (seconds) and its
-                               parts, if known; metadata: ``output`` (its `CustomLossOutput` of
-                               floats), ``report`` (its ``to_dict()``), ``metrics`` (its flat names, and
-                               the caller's), ``inputs`` (an `Inputs`, or None), ``state_step`` (which
-                               step its state is for; None where there is none)
-``custom_loss.exception``      it failed; metadata: ``error``, ``inputs``
-``regularizer.compute.start``  a host term begins; metadata: ``term``
-``regularizer.compute.stop``   a term has its value; measurements: ``value``, ``weight``,
-                               ``contribution``, ``grad_norm`` and ``grad_norm_weighted`` where tracked,
-                               ``duration`` for host terms only: compiled terms have none of their own.
-                               A host term whose step failed before it counted has its duration alone,
-                               and ``counts=False`` in the metadata
-``regularizer.compute.exception``  a host term failed; metadata: ``term``, ``error``, ``on_error``
-``compile``                    XLA compiled a program; measurements: ``duration``; metadata: ``program``,
-                               ``changed`` (what was new: shapes, dtypes, functions), ``terms``,
-                               ``functions`` (a number that tells objectives of equal names apart)
-``server.exception``           the remote backward request failed after the loss was told; metadata:
-                               ``error``
-``warning``                    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
-=============================  =========================================================================
+``custom_loss.start``
+    a step begins; metadata: ``terms``, and ``datums`` and ``tokens`` if known
+``custom_loss.stop``
+    it has its loss and gradient; measurements: ``duration`` (seconds) and its parts, if known;
+    metadata: ``output`` (its `CustomLossOutput` of floats), ``report`` (its ``to_dict()``), ``metrics``
+    (its flat names, and the caller's), ``inputs`` (an `Inputs`, or None), ``state_step`` (which step
+    its state is for; None where there is none)
+``custom_loss.exception``
+    it failed; metadata: ``error``, ``inputs``
+``regularizer.compute.start``
+    a host term begins; metadata: ``term``
+``regularizer.compute.stop``
+    a term has its value; measurements: ``value``, ``weight``, ``contribution``, ``grad_norm`` and
+    ``grad_norm_weighted`` where tracked, ``duration`` for host terms only: compiled terms have none of
+    their own. A host term whose step failed before it counted has its duration alone, and
+    ``counts=False`` in the metadata
+``regularizer.compute.exception``
+    a host term failed; metadata: ``term``, ``error``, ``on_error``
+``compile.start``
+    XLA begins to compile a program with an objective in it, which was traced before; metadata as of
+    ``compile``
+``compile``
+    it has compiled it; measurements: ``duration``, tracing included; metadata: ``program``, ``changed``
+    (what was new: shapes, dtypes, functions), ``terms``, ``functions`` (a number that tells objectives
+    of equal names apart)
+``server.exception``
+    the remote backward request failed after the loss was told; metadata: ``error``
+``warning``
+    from `Warnings`; metadata: ``kind``, ``term`` (or None), ``message``
 """
 
 from __future__ import annotations
@@ -44,11 +51,20 @@ class Event:
     """One thing that happened.
 
     Attributes:
-      name: see the module's docstring.
+      name: what happened, such as ``custom_loss.stop``; the docstring of `jaxreg.base.events` lists them.
       step: the training step, or None where it is not known.
       time: seconds since 1970.
       measurements: numbers by name; durations are in seconds.
       metadata: everything else by name.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> def on_warning(event):
+      ...     if event.name == "warning":
+      ...         print(event.step, event.metadata["message"])
+      >>> with jr.telemetry.attached(on_warning):
+      ...     jr.telemetry.emit("warning", step=3, metadata={"kind": "mine", "message": "look here"})
+      3 look here
     """
 
     name: str
@@ -93,15 +109,20 @@ class _Attached:
         if seconds < SLOW:
             return
         self.slow, self.seconds = self.slow + 1, self.seconds + seconds
-        if worth_telling(self.slow):
-            LOGGER.warning(
-                "telemetry: the handler %r is slow: %d events took longer than %g s each, %.2f s in all, and "
-                "the training loop waited; let it hand its work to a thread",
-                self.handler,
-                self.slow,
-                SLOW,
-                self.seconds,
-            )
+        if (remedy := getattr(self.handler, "_when_slow", "")) is None:  # it is rare, and meant
+            return
+        # The library's own may be slow now and then: they open a file, or are the first to write to it.
+        if not worth_telling(self.slow) or (remedy and self.slow == 1):
+            return
+        LOGGER.warning(
+            "telemetry: %s is slow: %d events took longer than %g s each, %.2f s in all, and the training "
+            "loop waited; %s",
+            type(self.handler).__name__ if remedy else f"the handler {self.handler!r}",
+            self.slow,
+            SLOW,
+            self.seconds,
+            remedy or "let it hand its work to a thread",
+        )
 
 
 _attached: tuple[_Attached, ...] = ()  # replaced, never changed, so that reading needs no lock
@@ -114,7 +135,7 @@ def attach(handler: H) -> H:
     Handlers are called one at a time, in the order in which they were attached, in the thread in which
     the event happens, or in one that is telling events just then. One that raises is logged (logger
     ``jaxreg.telemetry``), detached and closed; one that takes longer than 0.1 s for an event is counted
-    and logged.
+    and logged. jaxreg's own say what can be done about it, where it goes on.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -125,7 +146,7 @@ def attach(handler: H) -> H:
       >>> loss, out = objective(jnp.ones(3))
       >>> jr.telemetry.log(out, step=0)
       >>> jr.telemetry.detach(heard.append)
-      >>> [event.name for event in heard if event.name != "compile"]
+      >>> [event.name for event in heard if not event.name.startswith("compile")]
       ['regularizer.compute.stop', 'custom_loss.stop']
     """
     global _attached  # noqa: PLW0603 (the one list of handlers)
@@ -141,7 +162,13 @@ def attach(handler: H) -> H:
 
 
 def detach(handler: Handler) -> None:
-    """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored."""
+    """Tell the handler nothing more, and close it if it has a ``close()``. Unknown ones are ignored.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> handler = jr.telemetry.attach(print)
+      >>> jr.telemetry.detach(handler)
+    """
     with _lock:
         while _untold:  # what happened before it goes
             _tell(_untold.popleft())
@@ -185,6 +212,12 @@ def emit(
 
     Where another thread is telling handlers just now, it tells this event, too: a host term in a compiled
     program must not wait for a handler that waits for that program.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> with jr.telemetry.attached(lambda event: print(event.name, dict(event.measurements))):
+      ...     jr.telemetry.emit("evaluated", step=100, measurements={"accuracy": 0.9})
+      evaluated {'accuracy': 0.9}
     """
     if not _attached:
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base import html
+from jaxreg.base.names import did_you_mean
+from jaxreg.base.shown import columns, never_fails
 from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.buckets import Buckets, bucket_function, close_length, close_rows
 from jaxreg.batch.counting import token_weights
@@ -17,6 +20,7 @@ from jaxreg.batch.packing import pack_arrays
 from jaxreg.batch.pairs import pair_numbers
 from jaxreg.batch.ragged import gather, places, scatter
 from jaxreg.batch.reductions import Reductions
+from jaxreg.batch.shown import batch_rows, batch_title
 from jaxreg.batch.values import refuse_probabilities
 
 BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
@@ -219,7 +223,16 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         if name in _OWN:
             return cast(Array, getattr(self, name))
         hint = f"; say batch.{name}" if name in _FIELDS else ""
-        raise KeyError(f"the batch has no array {name!r}{hint}; it has {sorted(self.arrays)}")
+        near = did_you_mean(name, self.arrays)
+        near = f"; {near.strip()}" if near else ""
+        raise KeyError(f"the batch has no array {name!r}{hint}; it has {sorted(self.arrays)}{near}")
+
+    if not TYPE_CHECKING:  # or every attribute would exist for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            arrays = vars(self).get("arrays")  # none while it is being unpickled
+            hint = f"; say batch[{name!r}]" if isinstance(arrays, dict) and name in arrays else ""
+            raise AttributeError(f"a TokenBatch has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __iter__(self) -> Iterator[str]:
         yield from _OWN
@@ -230,6 +243,14 @@ class TokenBatch(Reductions, Mapping[str, Array]):
 
     def __bool__(self) -> bool:
         return True  # with a mask alone, too
+
+    @never_fails
+    def __repr__(self) -> str:
+        return f"{batch_title(self)}\n{columns(batch_rows(self), left=(0, 1, 2))}"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        return html.table(batch_title(self), batch_rows(self), left=(0, 1, 2))
 
     def unpack(self, array: ArrayLike) -> list[np.ndarray]:
         """Back to one NumPy array a datum, without padding: [B, T, ...] -> [T, ...], [B] -> scalar.
@@ -277,15 +298,36 @@ def _of_arrays(
     shape = shapes[0]
     if len(shape) != 2 or _misfits(given, shape) or any(s != shape for s in shapes):
         raise ValueError(
-            f"{who}: all arrays are [B, T, ...] or [B] with one B and T; "
+            f"{who}: {_odd_one(given, shape)}all arrays are [B, T, ...] or [B] with one B and T; "
             f"got { ({n: a.shape for n, a in given.items()}) }, mask "
             f"{None if mask is None else jnp.shape(mask)}, weights "
             f"{None if weights is None else jnp.shape(weights)}"
         )
+    return _made(mask, weights, given, given, shape, who)
+
+
+def _made(
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    given: dict[str, Array],
+    fitting: Mapping[str, Array],
+    shape: tuple[int, ...],
+    who: str,
+) -> TokenBatch:
     real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
     held = token_weights(None if weights is None else jnp.asarray(weights), real)
-    refuse_probabilities(given, real, held, who)
+    refuse_probabilities(fitting, real, held, who)
     return TokenBatch(real, held, jnp.sum(real, axis=1, dtype=jnp.int32), given)
+
+
+def _odd_one(given: Mapping[str, Array], shape: tuple[int, ...]) -> str:
+    """Which array does not go with which."""
+    others = {name: array.shape for name, array in given.items() if array.shape[:2] == shape}
+    like = next(iter(others.items()), ("mask", shape))
+    return "".join(
+        f"{name!r} has shape {odd}, but {like[0]!r} {like[1]}: "
+        for name, odd in _misfits(given, shape).items()
+    )
 
 
 def _misfits(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -305,9 +347,16 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
     if batch is None or isinstance(batch, Mapping):
         if jnp.ndim(like) < 2:
             raise ValueError(f"{who}: expected token data of shape [B, T, ...], got {jnp.shape(like)}")
-        given = dict(batch or {})
-        mask, weights = given.pop("mask", None), given.pop("weights", None)
-        return _of_arrays(jnp.ones(jnp.shape(like)[:2], bool) if mask is None else mask, weights, given, who)
+        arrays = dict(batch or {})
+        mask, weights = arrays.pop("mask", None), arrays.pop("weights", None)
+        shape = jnp.shape(like if mask is None else mask)[:2]
+        given = {name: jnp.asarray(array) for name, array in arrays.items()}
+        # One that does not fit is the complaint of the term that reads it, not of the first that looks.
+        odd = _misfits(given, shape)
+        fitting = {name: array for name, array in given.items() if name not in odd}
+        if len(shape) != 2 or (mask is not None and jnp.ndim(mask) != 2):
+            raise ValueError(f"{who}: the batch's mask is [B, T], got shape {jnp.shape(mask)}")
+        return _made(mask, weights, given, fitting, shape, who)
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.core.compose import compose
+from jaxreg.core.compose import as_terms, compose
 from jaxreg.core.norms import GradNorms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.spec import Regularizer, RegularizerSpec, as_spec
@@ -60,7 +60,9 @@ def as_objective(
 ) -> CompositeLoss:
     """The objective itself, or one composed of a base loss and regularizers: the same one every time."""
     if not isinstance(loss, CompositeLoss):
-        specs = tuple(as_spec(spec) for spec in regularizers or ())
+        if isinstance(regularizers, Iterator):
+            raise TypeError("regularizers= is an iterator, which gives its terms once: say list(...)")
+        specs = tuple(as_spec(spec) for spec in as_terms(regularizers or ()))
         objective = _remembered(loss, specs, track_grad_norms or False)
     elif regularizers is None and track_grad_norms is None:
         objective = loss

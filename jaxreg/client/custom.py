@@ -118,6 +118,18 @@ async def forward_backward_custom_async(
     ``future = await forward_backward_custom_async(...)`` comes back when the backward request has been
     handed to the client, and ``result = await future`` with the reply. Compiling and computing happen in
     a thread. Cancelled before the backward request is handed over, it sends none.
+
+    Example:
+      >>> import asyncio, jaxreg as jr
+      >>> async def train(client, data, objective):
+      ...     step = await jr.client.forward_backward_custom_async(client, data, objective)
+      ...     client.optim_step(jr.client.AdamParams())
+      ...     return await step
+      >>> data = [jr.client.Datum([1, 2, 3], {"target_tokens": [2, 3, 4]})]
+      >>> client = jr.client.EmbeddedTrainingClient(vocabulary=16)
+      >>> result = asyncio.run(train(client, data, jr.losses.CrossEntropy()))
+      >>> bool(result.output.base_loss.value > 0)
+      True
     """
     composed = as_objective(objective, regularizers, track_grad_norms)
     ask = Ask(client, data, composed, logprobs=logprobs, state=state, key=key, step=step_of(client, step))

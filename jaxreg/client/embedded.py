@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg.base.arrays import to_numpy
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.buckets import coarse_rows
 from jaxreg.batch.packing import pad
@@ -44,7 +43,7 @@ class EmbeddedTrainingClient:
 
     Requests run one after the other, in the order in which they are issued, in a thread of their own;
     every call gives a future at once. The loss is the API's linear cross-entropy, ``Σ −weight·logprob``,
-    summed over tokens and datums; gradients add up until ``optim_step``.
+    summed over tokens and datums; gradients add up until ``optim_step``. It does not sample.
 
     Args:
       apply_fn: the model, ``apply_fn(params, tokens [B, T]) -> logits [B, T, V]``, causal; by default a
@@ -109,7 +108,10 @@ class EmbeddedTrainingClient:
     def forward(
         self, data: Sequence[Any], loss_fn: str, loss_fn_config: Any = None
     ) -> ClientFuture[ForwardBackwardOutput]:
-        """The logprobs of every datum's targets."""
+        """The logprobs of every datum's targets, ``reply.loss_fn_outputs[i]["logprobs"]``; nothing trains.
+
+        As in the API the data needs ``weights``, of any size, also where only logprobs are wanted.
+        """
         return self._enqueue(self._run, list(data), loss_fn, False)
 
     def forward_backward(
@@ -214,11 +216,8 @@ class EmbeddedTrainingClient:
 
 
 def _tokens(datum: Any, row: dict[str, Any], i: int, vocabulary: int) -> np.ndarray:
-    given = wire.field(datum, "model_input")
-    given = given.to_ints() if callable(getattr(given, "to_ints", None)) else given
-    tokens = to_numpy(given)
-    targets = row[wire.TARGETS]
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) != len(targets):
+    tokens, targets = wire.tokens_of(datum, i), row[wire.TARGETS]
+    if len(tokens) != len(targets):
         raise ValueError(
             f"datum {i}: model_input has shape {tokens.shape}, and {wire.TARGETS!r} {targets.shape}: one "
             f"token in for every token out"

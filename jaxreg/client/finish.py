@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreg.base import html
 from jaxreg.base.events import emit
+from jaxreg.base.shown import never_fails
 from jaxreg.batch.packing import pad
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.client.ask import Options
@@ -64,6 +66,24 @@ class CustomFuture:
     def done(self) -> bool:
         """Whether `result` would return at once. False where the client's future cannot tell."""
         return self._outcome is not None or bool(getattr(self._sent.future, "done", lambda: False)())
+
+    def __repr__(self) -> str:
+        step = "a step" if self._sent.step is None else f"step {self._sent.step}"
+        return f"<CustomFuture of {step}: {self._standing()}>"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        return html.line(repr(self)) + self.output._repr_html_()
+
+    def _standing(self) -> str:
+        if isinstance(self._outcome, Exception):
+            return f"failed, {type(self._outcome).__name__}"
+        if self._outcome is not None:
+            return "done"
+        with contextlib.suppress(Exception):  # it is the client's, and not ours to trust
+            if self.done():
+                return "the server has answered; result() reads it"
+        return "its loss is known (output), and the server's answer on its way"
 
     @property
     def output(self) -> CustomLossOutput:

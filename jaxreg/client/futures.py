@@ -28,6 +28,16 @@ class ClientFuture(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
+    def __repr__(self) -> str:
+        if not self._future.done():
+            return "<ClientFuture: on its way>"
+        error = None if self._future.cancelled() else self._future.exception()
+        return f"<ClientFuture: {'cancelled' if self._future.cancelled() else _outcome(error)}>"
+
     def done(self) -> bool:
         """Whether `result` would return at once."""
         return self._future.done()
+
+
+def _outcome(error: BaseException | None) -> str:
+    return "done" if error is None else f"failed, {type(error).__name__}"

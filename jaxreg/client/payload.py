@@ -83,6 +83,13 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
     Raises:
       TypeError, ValueError: something in it is no plain value, or a number that its dtype does not hold.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> datum = jr.client.Datum([1, 2], {"target_tokens": [2, 3]})
+      >>> body = jr.client.payload.request([datum], [[-0.5, 0.5]], model_id="model-0")
+      >>> jr.client.payload.decode(jr.client.payload.encode(body)) == body
+      True
     """
     compact = _compact(body, "")
     if not isinstance(compact, dict) or not isinstance(compact.get(INPUT), dict):
@@ -95,6 +102,13 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
     Raises:
       DecodeError: truncated, too large or too deep, another dtype, or no request at all.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> jr.client.payload.decode(b"junk")
+      Traceback (most recent call last):
+      ...
+      jaxreg.base.msgpack.DecodeError: ...
     """
     tree = _msgpack.decode(data, max_bytes=max_bytes, max_depth=16, dtypes=DTYPES)
     if not isinstance(tree, dict) or not isinstance(tree.get(INPUT), dict):
@@ -106,10 +120,7 @@ def _chunks(datum: Any, i: int) -> list[dict[str, Any]]:
     given = wire.field(datum, "model_input")
     chunks = getattr(given, "chunks", None)
     if chunks is None:
-        tokens = to_numpy(given)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise TypeError(f"datum {i}: model_input is a list of token ids or an SDK's ModelInput")
-        return [{"type": "encoded_text", "tokens": tokens.tolist()}]
+        return [{"type": "encoded_text", "tokens": wire.tokens_of(datum, i).tolist()}]
     plain = []
     for chunk in chunks:
         if hasattr(chunk, "tokens"):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg.base import html
+from jaxreg.base.shown import never_fails
 from jaxreg.core.output import CustomLossOutput
 
 
@@ -17,7 +19,9 @@ class Datum:
 
     Args:
       model_input: the tokens, [T] integers (or an SDK's ``ModelInput``).
-      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always.
+      loss_fn_inputs: arrays by name, [T], [T, K] or scalars; ``target_tokens`` always. ``weights``, [T] or
+        [T, K], says how much each target counts: 0 for a prompt's, 1 for all by default. What else there
+        is reaches the terms by its name, and never the server.
 
     Example:
       >>> import jaxreg as jr
@@ -32,7 +36,12 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class AdamParams:
-    """Settings of one AdamW step, with the remote API's names and defaults."""
+    """Settings of one AdamW step, with the remote API's names and defaults.
+
+    Args:
+      learning_rate, beta1, beta2, eps, weight_decay: as in ``optax.adamw``.
+      grad_clip_norm: the gradient's norm is clipped to it; 0 for no clipping.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -82,7 +91,25 @@ class CustomResult:
     drift: Drift | None
     reply: Any
 
+    def __repr__(self) -> str:
+        return f"{_summary(self)}\n{self.output!r}"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        return html.line(_summary(self)) + self.output._repr_html_()
+
     @property
     def loss_fn_outputs(self) -> Any:
         """The server's outputs, as the SDK's result has them."""
         return self.reply.loss_fn_outputs
+
+
+def _summary(result: CustomResult) -> str:
+    tokens = sum(np.size(logprobs) for logprobs in result.logprobs)
+    drift = (
+        ""
+        if result.drift is None
+        else f", drift {result.drift.mean:.3g} nats (at most {result.drift.max:.3g})"
+    )
+    datums = "1 datum" if len(result.logprobs) == 1 else f"{len(result.logprobs)} datums"
+    return f"CustomResult of {datums}, {tokens} logprobs{drift}"

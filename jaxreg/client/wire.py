@@ -45,7 +45,8 @@ def read(data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = No
       TypeError, ValueError: naming the datum and the key.
     """
     if isinstance(data, Mapping | str) or not isinstance(data, Sequence):
-        raise TypeError(f"data is a sequence of datums, got {type(data).__name__}")
+        hint = "" if field(data, "loss_fn_inputs") is None else "; put this one into a list"
+        raise TypeError(f"data is a sequence of datums, got {type(data).__name__}{hint}")
     if not data:
         raise ValueError("there is no data; a step takes one datum or more")
     if side_data is not None and len(side_data) != len(data):
@@ -70,6 +71,26 @@ def read(data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = No
             )
         rows.append(row)
     return rows
+
+
+def tokens_of(datum: Any, i: int) -> np.ndarray:
+    """A datum's ``model_input`` as token ids [T], whole numbers.
+
+    Raises:
+      TypeError, ValueError: it is something else; it says what.
+    """
+    given = field(datum, "model_input")
+    what = f"datum {i}: model_input is a list of token ids, whole numbers [T], or an SDK's ModelInput; got"
+    if given is None or isinstance(given, str | bytes | Mapping):
+        raise TypeError(f"{what} {type(given).__name__}")
+    tokens = array_of(
+        given.to_ints() if callable(getattr(given, "to_ints", None)) else given, "model_input", i
+    )
+    if tokens.ndim != 1:
+        raise ValueError(f"{what} shape {tokens.shape}")
+    if tokens.dtype.kind not in "iu":
+        raise TypeError(f"{what} {tokens.dtype}" + (": say .astype(int)" if tokens.dtype.kind == "f" else ""))
+    return tokens
 
 
 def own_weights(row: Mapping[str, Any]) -> np.ndarray:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.paths import leaf_paths
+from jaxreg.base.shown import described
 from jaxreg.base.types import Array, PyTree, TermFn
 from jaxreg.core.gradients import BoundTerm
+from jaxreg.core.notes import add_place
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import call_term, has_default, requested_arguments
 from jaxreg.core.state import own_state
@@ -30,7 +32,7 @@ def bind_terms(
             extra["state"] = own_state(state, name)
         # Without a model there is one space: x is the params, where a term says that it is on them.
         on_params = place == "params" and plan.model is not None
-        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, on_params))
+        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, on_params, who(name)))
     return terms
 
 
@@ -44,8 +46,12 @@ def bind_forward(
     extra = _own_key(model, key, "/forward", "forward")  # a name that no term may have
 
     def forward(params: PyTree) -> tuple[PyTree, PyTree]:
-        with jax.named_scope("forward"):
-            outputs: Any = model(params, batch, **extra)
+        try:
+            with jax.named_scope("forward"):
+                outputs: Any = model(params, batch, **extra)
+        except Exception as error:
+            add_place(error, "forward(params, batch)", params=params, batch=batch)
+            raise
         aux = None
         if plan.has_aux:
             if not (isinstance(outputs, tuple) and len(outputs) == 2):
@@ -69,8 +75,8 @@ def check_argument(plan: Plan, x: PyTree) -> None:
     check_differentiable(
         x,
         "x" if plan.model is None else "params",
-        "differentiate floating-point (or complex) arrays only, and put the others into the batch or close "
-        "forward over them (nnx.split(model, nnx.Param, ...), equinox.partition)",
+        "differentiate floating-point (or complex) arrays only (jnp.asarray(..., float)), and put the others "
+        "into the batch or close forward over them (nnx.split(model, nnx.Param, ...), equinox.partition)",
     )
 
 
@@ -82,8 +88,10 @@ def check_differentiable(tree: PyTree, what: str, remedy: str) -> None:
     for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
         where = f"{what}, at {path!r}," if path else what
         try:
+            if isinstance(leaf, str | type):  # which may name a dtype
+                raise TypeError(leaf)
             dtype = jnp.result_type(leaf)
-        except TypeError:
+        except (TypeError, ValueError):
             raise TypeError(
                 f"{where} is no array but {type(leaf).__name__}; part the arrays from the rest first "
                 f"(nnx.split, equinox.partition) and put them together in forward"
@@ -109,4 +117,17 @@ def _own_key(fn: TermFn, key: Array | None, name: str, whose: str) -> dict[str, 
         return {}
     if key is None:
         raise ValueError(f"{whose}: it asks for a random key: pass key=jax.random.key(seed)")
+    check_key(key, whose)
     return {"key": jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)}
+
+
+def check_key(key: Any, whose: str) -> None:
+    """Refuse what is not one random key, of either of JAX's kinds."""
+    shape, dtype = jnp.shape(key), jnp.result_type(key)
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if shape == () if typed else (dtype == jnp.uint32 and len(shape) == 1):
+        return
+    several = "; take one of them, or vmap over them" if typed or dtype == jnp.uint32 else ""
+    raise (ValueError if several else TypeError)(
+        f"{whose}: key= is one random key, jax.random.key(seed); got {described(key)}{several}"
+    )

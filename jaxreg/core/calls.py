@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxreg.base.shown import described
 from jaxreg.core.plan import Plan, who
 
 
@@ -66,12 +67,7 @@ def signature_of(plan: Plan, arguments: Any) -> Signature:
     functions |= {"forward": hash(plan.model), "track_grad_norms": hash(plan.norms)}
     named = dict(zip(("objective", "x", "batch", "state", "key"), arguments, strict=False))
     leaves = {
-        "".join((key.key, jax.tree_util.keystr(tuple(path)))): _described(leaf)
+        "".join((key.key, jax.tree_util.keystr(tuple(path)))): described(leaf)
         for (key, *path), leaf in jax.tree_util.tree_leaves_with_path(named)
     }
     return Signature(functions, leaves)
-
-
-def _described(leaf: Any) -> str:
-    shape = getattr(leaf, "shape", ())
-    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(shape)}"

@@ -39,7 +39,10 @@ def compose(
       forward: the model, ``forward(params, batch) -> outputs``; the objective then takes params, the
         base loss and the terms on ``"outputs"`` get the outputs, those on ``"params"`` (weight decay says
         so by itself) the params. Without it they all get x, whatever that is. It may take ``key`` by
-        keyword, for dropout.
+        keyword, for dropout or sampling, and gets its own: the call's ``key=`` folded with its name,
+        ``jax.random.fold_in(key, zlib.crc32(b"/forward") & 0x7FFFFFFF)``. Every term that asks for ``key``
+        gets its own the same way, by the term's name (the base loss is ``base_loss``), so that adding or
+        dropping a term changes nobody else's. Give each step another: ``fold_in(key, step)``.
       has_aux: ``forward`` returns ``(outputs, aux)``, as `jax.grad` has it. What is no output (batch-norm
         statistics, counters, caches; leaves of any dtype) comes back in ``out.aux``, without a gradient.
       track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument
@@ -72,7 +75,7 @@ def compose(
             f"{'None' if loss_fn is None else type(loss_fn).__name__}"
         )
     check_term(loss_fn, "base loss")
-    specs = tuple(as_spec(spec) for spec in _as_iterable(regularizers))
+    specs = tuple(as_spec(spec) for spec in as_terms(regularizers))
     _check_names(specs)
     _check_reductions(loss_fn, specs)
     _check_forward(forward, has_aux, loss_fn, specs)
@@ -102,13 +105,20 @@ def compose(
     return CompositeLoss(leaves, plan)
 
 
-def _as_iterable(regularizers: Any) -> Iterable[Any]:
-    if not isinstance(regularizers, Iterable) and not isinstance(regularizers, RegularizerSpec):
-        raise TypeError(f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}")
-    if isinstance(regularizers, RegularizerSpec) or (
-        isinstance(regularizers, Mapping) and "fn" in regularizers
-    ):
+def as_terms(regularizers: Any) -> Iterable[Any]:
+    """The regularizers, if they are a sequence of terms, or what gives them one after the other."""
+    one = isinstance(regularizers, RegularizerSpec) or callable(getattr(regularizers, "as_spec", None))
+    if one or (isinstance(regularizers, Mapping) and "fn" in regularizers):
         raise TypeError("regularizers is a sequence of terms; put this one term into a list")
+    if isinstance(regularizers, str | Mapping) or not isinstance(regularizers, Iterable):
+        raise TypeError(
+            f"regularizers is a sequence of RegularizerSpecs, got {type(regularizers).__name__}"
+            + (
+                "; give its values, each of which says its own name"
+                if isinstance(regularizers, Mapping)
+                else ""
+            )
+        )
     return regularizers
 
 

@@ -24,6 +24,7 @@ from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.norms import GradNorms
+from jaxreg.core.notes import add_place
 
 Forward: TypeAlias = Callable[[PyTree], tuple[PyTree, PyTree]]  # from params to outputs, and aux
 
@@ -34,6 +35,7 @@ class BoundTerm(NamedTuple):
     fn: Callable[[PyTree], tuple[Array, Any]]
     weight: Array | None  # None for the base loss, which has none
     on_params: bool
+    whose: str = "term"  # what errors call it
 
 
 class Norms(NamedTuple):
@@ -170,7 +172,15 @@ def _run_forward(forward: Forward | None, x: PyTree) -> tuple[PyTree, PyTree, Ca
     if forward is None:
         return x, None, lambda cotangent: cotangent
     outputs, pull, aux = jax.vjp(forward, x, has_aux=True)
-    return outputs, aux, lambda cotangent: pull(cotangent)[0]
+
+    def pulled(cotangent: PyTree) -> PyTree:
+        try:
+            return pull(cotangent)[0]
+        except Exception as error:
+            add_place(error, "the backward of forward")
+            raise
+
+    return outputs, aux, pulled
 
 
 def _pulled_together(pull: Callable[[PyTree], PyTree], stack: PyTree) -> PyTree:
@@ -193,9 +203,13 @@ def _term_gradients(
     """One vjp a term. The terms share what they compute alike: XLA merges it."""
     values, extras, gradients = [], [], []
     for term in terms:
-        (value, extra), gradient = jax.value_and_grad(term.fn, has_aux=True)(
-            params if term.on_params else outputs
-        )
+        try:
+            (value, extra), gradient = jax.value_and_grad(term.fn, has_aux=True)(
+                params if term.on_params else outputs
+            )
+        except Exception as error:
+            add_place(error, f"the {term.whose} of the objective")  # its backward, where it says nothing yet
+            raise
         values.append(value)
         extras.append(extra)
         gradients.append(gradient)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,15 +11,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxreg.base import releases
+from jaxreg.base import html, releases
 from jaxreg.base.events import listening
-from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
+from jaxreg.base.names import did_you_mean
+from jaxreg.base.shown import called, never_fails
+from jaxreg.base.types import Array, ArrayLike, PyTree
 from jaxreg.core import step
 from jaxreg.core.calls import calling
+from jaxreg.core.explain import explain, refuse_deleted
 from jaxreg.core.output import CustomLossOutput
 from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.shown import objective_rest, objective_rows, text_columns, weight_text
 from jaxreg.core.spec import check_weight
-from jaxreg.core.state import first_state
+from jaxreg.core.state import first_state, none_if_empty
 from jaxreg.core.weights import weight_leaf, weights_at
 
 NO_NORMS = (
@@ -68,14 +71,15 @@ class CompositeLoss:
           batch: whatever the terms read besides.
           state: ``objective.init()`` or the last step's ``out.state``; needed by schedules and
             stateful terms only.
-          key: a random key; needed by terms that ask for one only.
+          key: a random key; needed by terms, and a ``forward``, that ask for one only. Each gets its own,
+            folded with its name; see `compose`.
 
         Returns:
           ``(loss_total, CustomLossOutput)``.
         """
         if self.plan.norms is not None and is_differentiated(x):
             warnings.warn(NO_NORMS, NormsNotComputedWarning, stacklevel=2)
-        return self._run(step.call, x, batch, state or None, key)
+        return self._run(step.call, x, batch, none_if_empty(state), key)
 
     def value_and_grad(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
@@ -87,7 +91,7 @@ class CompositeLoss:
         Returns:
           ``((loss_total, CustomLossOutput), gradient with the structure of x)``.
         """
-        return self._run(step.value_and_grad, x, batch, state or None, key)
+        return self._run(step.value_and_grad, x, batch, none_if_empty(state), key)
 
     def eval_shape(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None
@@ -103,8 +107,13 @@ class CompositeLoss:
           >>> loss.shape, grads.shape
           ((), (3,))
         """
-        program = self.plan.compiled(step.value_and_grad)
-        return program.eval_shape(self.leaves, x, batch, state or None, key)
+        arguments = (x, batch, none_if_empty(state), key)
+        try:
+            return self.plan.compiled(step.value_and_grad).eval_shape(self.leaves, *arguments)
+        except Exception as error:
+            if better := explain(error, self.plan, self.leaves, arguments, traced=False):
+                raise better from better.__cause__
+            raise
 
     def init(self) -> PyTree:
         """The first state: what schedules and stateful terms carry from step to step.
@@ -137,6 +146,11 @@ class CompositeLoss:
           KeyError: a name that the objective does not have; the nearest one is suggested.
           TypeError, ValueError: a weight that is no finite scalar ≥ 0.
         """
+        if not isinstance(weights, Mapping):
+            raise TypeError(
+                f"with_weights takes a mapping from names to weights, {{'l1': 0.1}}; got "
+                f"{type(weights).__name__}"
+            )
         for name, weight in weights.items():
             self._check_known(name)
             if callable(weight):
@@ -159,37 +173,55 @@ class CompositeLoss:
         norms tracked, the gradient of a term at weight 0 is left out though it be NaN; without them
         the gradient is that of the sum as it is written, where 0 · NaN is NaN.
         """
+        self._check_names(names)
         return self.with_weights(dict.fromkeys(names, 0.0))
 
     def only(self, *names: str) -> CompositeLoss:
         """The same objective with every regularizer but these switched off."""
-        for name in names:
-            self._check_known(name)
+        self._check_names(names)
         return self.without(*(name for name in self.names if name not in names))
 
+    @never_fails
     def __repr__(self) -> str:
-        terms = "".join(
-            f",\n  {name}: {_shown(self, name, schedule)}{' (on params)' if place == 'params' else ''}"
-            for name, schedule, place in zip(
-                self.names, self.plan.schedules[1:], self.plan.places[1:], strict=True
-            )
-        )
-        return f"CompositeLoss(\n  base{terms}\n)"
+        fns = self.plan.fns(self.leaves)
+        lines = [f"base: {called(fns[0])}"]
+        for name, place, fn in zip(self.names, self.plan.places[1:], fns[1:], strict=True):
+            on = " (on params)" if place == "params" else ""
+            lines.append(f"{name}: {weight_text(self.plan, self.leaves, name)} · {called(fn)}{on}")
+        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self.plan, self.leaves)]) + "\n)"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        title = ", ".join(["CompositeLoss", *objective_rest(self.plan, self.leaves)])
+        rows = objective_rows(self.plan, self.leaves)
+        return html.table(title, rows, left=text_columns(rows))
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
         """The compiled program, or its own body where somebody else is tracing already."""
         releases.warn_once()
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments)))
         run = functools.partial(body, self.plan) if traced else self.plan.compiled(body)
-        if not listening():
-            return run(self.leaves, *arguments)
-        with calling(self.plan, (self.leaves, *arguments), traced):
-            return run(self.leaves, *arguments)
+        try:
+            if traced:
+                refuse_deleted(self.plan, self.leaves)
+            if not listening():
+                return run(self.leaves, *arguments)
+            with calling(self.plan, (self.leaves, *arguments), traced):
+                return run(self.leaves, *arguments)
+        except Exception as error:
+            if better := explain(error, self.plan, self.leaves, arguments, traced):
+                raise better from better.__cause__
+            raise
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"names of terms are strings, one an argument: 'a', 'b'; got {name!r}")
+            self._check_known(name)
 
     def _check_known(self, name: str) -> None:
         if name not in self.names:
-            near = difflib.get_close_matches(str(name), self.names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, self.names)
             raise KeyError(f"no term is named {name!r}; {hint}the terms are {list(self.names)}")
 
 
@@ -197,13 +229,3 @@ def is_differentiated(x: PyTree) -> bool:
     """Whether somebody differentiates with respect to x. A jit in between hides it."""
     kinds = {kind.__name__ for leaf in jax.tree.leaves(x) for kind in type(leaf).__mro__}
     return not kinds.isdisjoint(("JVPTracer", "LinearizeTracer"))
-
-
-def _shown(objective: CompositeLoss, name: str, schedule: Schedule | None) -> str:
-    constant = objective.leaves.constants[name]
-    try:
-        if schedule is not None and not bool(objective.leaves.held[name]):
-            return "schedule"
-        return f"{float(constant):g}"
-    except (TypeError, ValueError):  # traced, stacked by vmap, or no array at all
-        return str(constant)

@@ -11,7 +11,10 @@ import flax.struct
 import jax
 import numpy as np
 
+from jaxreg.base import html
+from jaxreg.base.shown import columns, never_fails
 from jaxreg.base.types import Array, PyTree
+from jaxreg.core.shown import output_rows, output_title, term_text, text_columns
 from jaxreg.core.spec import BASE, RESERVED_METRICS, TOTAL
 
 
@@ -30,6 +33,8 @@ class BaseLossOutput:
     grad_norm: Array | None = None
     custom: dict[str, Array] = flax.struct.field(default_factory=dict)
     grad_norm_per_datum: Array | None = None
+
+    __repr__ = never_fails(term_text)
 
 
 @flax.struct.dataclass
@@ -56,6 +61,8 @@ class RegularizerOutput:
     custom: dict[str, Array] = flax.struct.field(default_factory=dict)
     grad_norm_per_datum: Array | None = None
 
+    __repr__ = never_fails(term_text)
+
 
 @flax.struct.dataclass
 class CustomLossOutput:
@@ -64,7 +71,8 @@ class CustomLossOutput:
     Attributes:
       loss_total: ``base + Σ weightᵢ·valueᵢ``.
       base_loss: a `BaseLossOutput`.
-      regularizers: name -> `RegularizerOutput`, in the order of the objective.
+      regularizers: name -> `RegularizerOutput`, in the order of the objective; a name that it does not have
+        is a KeyError with the nearest one.
       regularizer_total: ``Σ weightᵢ·valueᵢ``.
       total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
       state: the state for the next step (empty where nothing needs one).
@@ -81,6 +89,12 @@ class CustomLossOutput:
       5.5
       >>> sorted(out.to_flat_dict())[:3]
       ['loss/base', 'loss/regularizer_total', 'loss/total']
+      >>> out  # in a notebook, the same as a table
+      CustomLossOutput
+        term       value  weight  contribution
+        base loss     -7                    -7
+        l2            25     0.5          12.5
+        total                              5.5
     """
 
     loss_total: Array
@@ -136,6 +150,16 @@ class CustomLossOutput:
                 f"scan); take one first: jax.tree.map(lambda a: a[i], out)"
             )
         return jax.tree.unflatten(structure, [_plain(leaf) for leaf in _copied(leaves)])
+
+    @never_fails
+    def __repr__(self) -> str:
+        rows = output_rows(self)
+        return f"{output_title(self)}\n{columns(rows, left=text_columns(rows))}"
+
+    @never_fails
+    def _repr_html_(self) -> str:
+        rows = output_rows(self)
+        return html.table(output_title(self), rows, left=text_columns(rows))
 
 
 def _nested(host: CustomLossOutput, number: Callable[[Any], float | None]) -> dict[str, Any]:

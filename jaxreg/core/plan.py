@@ -48,8 +48,8 @@ class Plan:
         """
         if body not in self._programs:
 
-            def program(*arguments: Any) -> Any:
-                return body(self, *arguments)
+            def program(objective: Leaves, x: Any, batch: Any, state: Any, key: Any) -> Any:
+                return body(self, objective, x, batch, state, key)  # by name, for JAX's messages
 
             program.__name__ = f"jaxreg_{body.__name__}"  # the program's name in a profile
             self._programs[body] = jax.jit(program)

@@ -7,7 +7,7 @@ A **term** is a pure function of the differentiated value and the batch::
 
 It may ask for more with keyword-only arguments of these names, and gets nothing it did not ask for:
 
-- ``key``: its own random key, split from the ``key=`` of the call by the term's name;
+- ``key``: its own random key, the ``key=`` of the call folded with the CRC-32 of the term's name;
 - ``state``: its own state from the last step. Such a term is an object with an ``init()`` method that
   gives the first state, and returns ``(value, metrics, next_state)``.
 
@@ -33,6 +33,7 @@ import numpy as np
 
 from jaxreg.base.numbers import widened
 from jaxreg.base.types import Array, ArrayLike, Place, PyTree, Schedule, TermFn
+from jaxreg.core.notes import add_place
 
 NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
 OPTIONAL_ARGUMENTS = ("key", "state")
@@ -48,7 +49,7 @@ class RegularizerSpec:
     Args:
       name: unique in its objective; it names the term in every report. Printable, without ``/`` and
         ``:`` (they separate the parts of the flat metric names).
-      fn: the term, ``fn(x, batch) -> value`` or ``(value, metrics)``; see the module's docstring.
+      fn: the term, ``fn(x, batch) -> value`` or ``(value, metrics)``; it may ask for ``key`` and ``state``.
       weight: a finite number ≥ 0, a scalar array, or a schedule ``step -> weight`` such as optax's.
         Where a schedule goes below 0 by more than rounding (1e-6), the term's weight is NaN, and the
         output names it among what is not finite.
@@ -170,6 +171,7 @@ def check_term(fn: object, who: str) -> None:
     if inspect.isclass(fn):
         raise TypeError(f"{who}: fn is the class itself; make a term of it: {fn.__name__}(...)")
     split_arrays(fn, who)
+    check_order(fn, who, "params" if who == "forward" else "x")
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
@@ -193,6 +195,18 @@ def check_term(fn: object, who: str) -> None:
         raise TypeError(
             f"{who}: fn asks for state, so it must be an object with an init() method that gives the "
             f"first state"
+        )
+
+
+def check_order(fn: object, who: str, first: str) -> None:
+    """Refuse a function whose arguments' names say that it takes the batch first."""
+    try:
+        names = list(inspect.signature(cast(Any, fn)).parameters)[:2]
+    except (TypeError, ValueError):
+        return
+    if names[:1] == ["batch"] and names[1:] and names[1] in ("x", "params", "outputs", "logits", "logprobs"):
+        raise ValueError(
+            f"{who}: it is called with ({first}, batch), but takes ({', '.join(names)}): swap them"
         )
 
 
@@ -283,7 +297,7 @@ def call_term(
     try:
         result = fn(x, batch, **extra)
     except Exception as error:
-        error.add_note(f"This happened in the {who} of the objective.")
+        add_place(error, f"the {who} of the objective", x=x, batch=batch)
         raise
     stateful = "state" in extra
     contract = "(value, metrics, next_state)" if stateful else "value or (value, metrics)"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.shown import described
 from jaxreg.base.types import Array, PyTree
+from jaxreg.core.notes import add_place
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import requested_arguments
 
@@ -20,7 +22,7 @@ REMEDY = (
 def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
     """The state of step 0; empty where nothing needs one."""
     terms = {
-        name: jax.tree.map(_fresh, cast(Any, fn).init())
+        name: jax.tree.map(_fresh, _first(fn, who(name)))
         for name, fn in zip(plan.names, plan.fns(leaves), strict=True)
         if "state" in requested_arguments(fn)
     }
@@ -35,21 +37,30 @@ def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
 def step_of(state: PyTree, name: str) -> Array:
     """The step, for the schedule of the named term."""
     if not isinstance(state, Mapping) or "step" not in state:
-        raise ValueError(f"{who(name)}: its weight is a schedule, which needs to know the step: {REMEDY}")
+        raise ValueError(
+            f"{who(name)}: its weight is a schedule, which needs to know the step: {REMEDY}{_got(state)}"
+        )
     return state["step"]
 
 
 def own_state(state: PyTree, name: str) -> PyTree:
     """The named term's own state."""
     if not isinstance(state, Mapping) or name not in (state.get("terms") or {}):
-        raise ValueError(f"{who(name)}: it asks for state: {REMEDY}")
+        raise ValueError(f"{who(name)}: it asks for state: {REMEDY}{_got(state)}")
     return state["terms"][name]
+
+
+def none_if_empty(state: PyTree) -> PyTree:
+    """The state; None for an empty one, which is no other program."""
+    return None if isinstance(state, Mapping | tuple | list) and not state else state
 
 
 def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
     """The state for the next step, of this step's and of what each term made of its own."""
-    if not state:
+    if state is None:
         return {}
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state= is what objective.init() gives: {REMEDY}{_got(state)}")
     following = dict(state)
     if "step" in state:
         following["step"] = state["step"] + 1
@@ -58,6 +69,21 @@ def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
             name: _checked(last, by_name[name], who(name)) for name, last in state["terms"].items()
         }
     return jax.lax.stop_gradient(following)
+
+
+def _first(fn: Any, whose: str) -> PyTree:
+    try:
+        return fn.init()
+    except Exception as error:
+        add_place(error, f"init() of the {whose} of the objective")
+        raise
+
+
+def _got(state: PyTree) -> str:
+    if state is None:
+        return ""
+    keys = f" with the keys {list(state)}" if isinstance(state, Mapping) else ""
+    return f"; got {described(state) if hasattr(state, 'shape') else type(state).__name__}{keys}"
 
 
 def _fresh(leaf: Any) -> Array:

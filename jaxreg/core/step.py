@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.bind import bind_forward, bind_terms, check_argument
 from jaxreg.core.gradients import BoundTerm, Pass, differentiate, evaluate, weighted
+from jaxreg.core.named import Regularizers
 from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.state import next_state
@@ -37,7 +36,7 @@ def value_and_grad(
 def _report(plan: Plan, terms: list[BoundTerm], done: Pass, state: PyTree) -> CustomLossOutput:
     none: list[Array | None] = [None] * len(terms)
     grad_norms, per_datum = (done.norms.terms, done.norms.per_datum) if done.norms else (none, none)
-    regularizers = OrderedDict()
+    regularizers: Regularizers[RegularizerOutput] = Regularizers()
     regularizer_total = jnp.zeros_like(done.total)
     for i, name in enumerate(plan.names[1:], start=1):
         weight, norm = terms[i].weight, grad_norms[i]

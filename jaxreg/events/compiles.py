@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Mapping
@@ -20,40 +21,67 @@ SHOWN = 4  # of the leaves that changed
 _NOTHING = "no shape or dtype of the objective: a function made anew, weak types, sharding, other arguments"
 
 
-class _Spent(threading.local):
-    """Seconds that this thread spent on a program so far, by the program's name."""
+@dataclasses.dataclass(frozen=True)
+class _Compiling:
+    """A program with an objective in it, which XLA compiles just now."""
+
+    name: str  # as JAX calls it
+    told: Mapping[str, Any]  # the metadata of its events
+
+
+class _Compiles(threading.local):
+    """What this thread has JAX compile, stage by stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # spent so far, by the program's name
+        self.now: _Compiling | None = None
 
 
-_spent = _Spent()
+_thread = _Compiles()
 _known: dict[tuple[tuple[str, ...], int], Signature] = {}  # by the program's and terms' names, and functions
 _MOST_KNOWN = 256
 
 
+def _on_begin(event: str, value: float, **kwargs: str | int) -> None:
+    """JAX records the time at which a stage begins under the stage's name."""
+    if event != COMPILED:
+        return
+    name = _name(kwargs)
+    if name.startswith("jaxreg_") and running.arguments is not None:
+        plan, arguments = running.arguments
+        signature = signature_of(plan, arguments)
+    elif running.traced is not None and name in running.traced.around:
+        plan, signature, running.traced = running.traced.plan, running.traced.signature, None
+    else:
+        return
+    _thread.now = _Compiling(name, _about(name, plan, signature))
+    emit("compile.start", metadata=_thread.now.told)
+
+
 def _on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    seconds, name = duration_secs, str(kwargs.get("fun_name", ""))
-    name = name[4:-1] if name.startswith("jit(") else name
+    """A stage has ended."""
+    seconds, name = duration_secs, _name(kwargs)
     if event == TRACED:
         # The function whose tracing began before the objective's own has it inside.
         if running.traced is not None and time.time() - seconds <= running.traced.at:
             running.traced.around.add(name)
-        _spent.seconds[name] = seconds
+        _thread.seconds[name] = seconds
     elif event == LOWERED:
-        _spent.seconds[name] = _spent.seconds.get(name, 0.0) + seconds
+        _thread.seconds[name] = _thread.seconds.get(name, 0.0) + seconds
     elif event == COMPILED:
-        seconds += _spent.seconds.pop(name, 0.0)
-        if name.startswith("jaxreg_") and running.arguments is not None:
-            plan, arguments = running.arguments
-            _tell(name, plan, signature_of(plan, arguments), seconds)
-        elif running.traced is not None and name in running.traced.around:
-            traced, running.traced = running.traced, None
-            _tell(name, traced.plan, traced.signature, seconds)
-        _spent.seconds.clear()
+        seconds += _thread.seconds.pop(name, 0.0)
+        if (now := _thread.now) is not None and now.name == name:
+            _thread.now = None
+            emit("compile", measurements={"duration": seconds}, metadata=now.told)
+        _thread.seconds.clear()
 
 
-def _tell(program: str, plan: Plan, signature: Signature, seconds: float) -> None:
+def _name(about: Mapping[str, str | int]) -> str:
+    name = str(about.get("fun_name", ""))
+    return name[4:-1] if name.startswith("jit(") else name
+
+
+def _about(program: str, plan: Plan, signature: Signature) -> dict[str, Any]:
     functions = hash(tuple(signature.functions.items()))
     name = (program, *plan.names)
     before = _known.pop((name, functions), None)
@@ -62,16 +90,12 @@ def _tell(program: str, plan: Plan, signature: Signature, seconds: float) -> Non
     _known[name, functions] = signature
     if len(_known) > _MOST_KNOWN:
         del _known[next(iter(_known))]
-    emit(
-        "compile",
-        measurements={"duration": seconds},
-        metadata={
-            "program": program,
-            "changed": _changed(before, signature),
-            "terms": plan.names[1:],
-            "functions": functions,
-        },
-    )
+    return {
+        "program": program,
+        "changed": _changed(before, signature),
+        "terms": plan.names[1:],
+        "functions": functions,
+    }
 
 
 def _changed(before: Signature | None, now: Signature) -> list[str]:
@@ -94,6 +118,10 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
+while_listening(
+    lambda: jax.monitoring.register_scalar_listener(_on_begin),
+    lambda: jax.monitoring.unregister_scalar_listener(_on_begin),
+)
 while_listening(
     lambda: jax.monitoring.register_event_duration_secs_listener(_on_duration),
     lambda: jax.monitoring.unregister_event_duration_listener(_on_duration),

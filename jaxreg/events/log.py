@@ -17,7 +17,14 @@ from jaxreg.core.spec import RESERVED_METRICS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a step was computed from, for the flight recorder. References, not copies."""
+    """What a step was computed from, for the flight recorder. References, not copies.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> objective, x = jr.compose(lambda x, batch: jnp.sum(x**2)), jnp.ones(3)
+      >>> loss, out = objective(x)
+      >>> jr.telemetry.log(out, step=0, inputs=jr.telemetry.Inputs(objective, x))
+    """
 
     objective: Any
     x: PyTree
@@ -57,6 +64,11 @@ def log(
     """
     if not listening():
         return
+    if not isinstance(output, CustomLossOutput):
+        raise TypeError(
+            f"log takes the output of a step, a CustomLossOutput, got {type(output).__name__}; of "
+            f"`(loss, out), gradient = objective.value_and_grad(...)` it is `out`"
+        )
     step = None if step is None else operator.index(step)  # a NumPy or JAX integer, as state["step"] is
     host = output.on_host()
     report, flat = host.to_dict(), host.to_flat_dict()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.shown import called
 from jaxreg.base.types import Array, PyTree
 from jaxreg.host.calls import HostCalls
 from jaxreg.host.errors import HostTermError
@@ -23,6 +24,9 @@ class HostTerm:
     """``fn(x, batch)`` of a `HostRegularizer`."""
 
     regularizer: Term
+
+    def _shown(self) -> str:
+        return f"on the host: {called(self.regularizer.fn)}"
 
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """Its value, with the host function's gradient, and its metrics."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -100,6 +100,10 @@ class FlightRecorder:
       >>> [recorded.step for recorded in read_recording(recorder.written[0])]
       [1, 2]
     """
+
+    _when_slow: ClassVar[str | None] = (
+        None  # it writes where a step went wrong, and copies where it was told to
+    )
 
     def __init__(
         self, folder: str | os.PathLike[str], *, steps: int = 4, files: int = 8, copy: bool = False
@@ -232,13 +236,27 @@ def read_recording(
     Raises:
       OSError: the file cannot be read.
       ValueError: it is no flight recording, or one of a later version.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jaxreg as jr
+      >>> objective, x = jr.compose(lambda x, batch: jnp.sum(jnp.log(x))), jnp.zeros(1)
+      >>> with jr.telemetry.attached(jr.telemetry.FlightRecorder(tempfile.mkdtemp())) as (recorder,):
+      ...     loss, out = objective(x)
+      ...     jr.telemetry.log(out, step=7, inputs=jr.telemetry.Inputs(objective, x))
+      >>> (recorded,) = jr.telemetry.read_recording(recorder.written[0])
+      >>> recorded.step
+      7
     """
     path = Path(path)
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than max_bytes={max_bytes}")
-    tree = _msgpack.decode(path.read_bytes(), max_bytes=max_bytes, max_depth=MAX_DEPTH)
+    data = path.read_bytes()
+    try:
+        tree = _msgpack.decode(data, max_bytes=max_bytes, max_depth=MAX_DEPTH)
+    except _msgpack.DecodeError as error:
+        raise ValueError(f"{path} {_what_else(data)}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise ValueError(f"{path} is no flight recording of jaxreg's")
+        raise ValueError(f"{path} {_what_else(data)}")
     if tree.get("version") != VERSION:
         raise ValueError(
             f"{path} is a flight recording of version {tree.get('version')!r}; this jaxreg reads {VERSION}"
@@ -247,6 +265,16 @@ def read_recording(
     if not isinstance(steps, list) or not steps or not all(_is_entry(entry) for entry in steps):
         raise ValueError(f"{path}: its steps are not what a flight recording has")
     return [RecordedStep(**entry) for entry in steps]
+
+
+def _what_else(data: bytes) -> str:
+    """What a file is that is no whole recording."""
+    if not data:
+        return "is empty, and no flight recording"
+    if FORMAT.encode() in data[:64]:  # the header, which is written first
+        return "is a damaged flight recording: it was cut off or changed, and nothing of it can be read"
+    instead = ". It may be a run's file: jaxreg report shows it" if data[:1] == b"{" else ""
+    return f"is no flight recording, which FlightRecorder writes{instead}"
 
 
 def _plain_entry(entry: dict[str, Any]) -> dict[str, Any]:

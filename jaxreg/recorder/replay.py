@@ -6,7 +6,9 @@ import dataclasses
 import importlib
 import math
 import os
+import traceback
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jaxreg.base.msgpack import MAX_BYTES
 from jaxreg.base.types import PyTree
@@ -107,22 +109,43 @@ def named_objective(name: str) -> CompositeLoss:
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise ValueError(f"an objective is named module:attribute, such as train:objective; got {name!r}")
+    found = _imported(module_name, name)
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name!r}: the module {module_name!r} cannot be imported ({error}); run this in the folder "
-            f"where it lies, or put that on PYTHONPATH"
-        ) from error
-    found = module
-    for part_name in attribute.split("."):
-        if not hasattr(found, part_name):
-            raise ValueError(f"{name!r}: {module_name!r} has no {attribute!r}")
-        found = getattr(found, part_name)
-    made = found() if callable(found) and not isinstance(found, CompositeLoss) else found
+        for part_name in attribute.split("."):
+            found = getattr(found, part_name)
+    except AttributeError:
+        raise ValueError(f"{name!r}: {module_name!r} has no {attribute!r}") from None
+    try:
+        made = found() if callable(found) and not isinstance(found, CompositeLoss) else found
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name!r} was called to make an objective, and {_raised(error)}") from error
     if not isinstance(made, CompositeLoss):
         raise ValueError(f"{name!r} is no objective (what compose returns) but {type(made).__name__}")
     return made
+
+
+def _imported(module_name: str, name: str) -> Any:
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"{name!r}: {module_name!r} is no name of a module, which has dots and no slashes")
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        hint = "run this in the folder where it lies, or put that on PYTHONPATH"
+        if module_name.endswith(".py"):
+            hint = f"name the module and not its file: {name.replace('.py:', ':')}"
+        raise ValueError(
+            f"{name!r}: the module {module_name!r} cannot be imported ({error}); {hint}"
+        ) from error
+    except (Exception, SystemExit) as error:  # its own code: a script that trains, or reads arguments
+        raise ValueError(f"{name!r}: importing the module {module_name!r} {_raised(error)}") from error
+
+
+def _raised(error: BaseException) -> str:
+    """What an error of the user's own code is, and where."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    own = last.filename != __file__ and not isinstance(error, SyntaxError)  # which says it by itself
+    where = f" ({os.path.basename(last.filename)}, line {last.lineno})" if own else ""
+    return f"raised {type(error).__name__}: {error}{where}"
 
 
 def _chosen(steps: list[RecordedStep], step: int | None, path: object) -> RecordedStep:

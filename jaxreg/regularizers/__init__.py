@@ -9,6 +9,7 @@ from jaxreg.regularizers.divergences import JS as JS
 from jaxreg.regularizers.divergences import KL as KL
 from jaxreg.regularizers.entropy import ConfidencePenalty as ConfidencePenalty
 from jaxreg.regularizers.entropy import Entropy as Entropy
+from jaxreg.regularizers.gaussian import GaussianKL as GaussianKL
 from jaxreg.regularizers.matrices import GroupLasso as GroupLasso
 from jaxreg.regularizers.matrices import NuclearNorm as NuclearNorm
 from jaxreg.regularizers.matrices import SpectralNorm as SpectralNorm

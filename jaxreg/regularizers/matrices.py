@@ -42,8 +42,10 @@ class GroupLasso:
       groups: what a group is: **"columns"**, the weights into one output (the last axis tells them apart);
         ``"rows"``, those out of one input (all axes but the last do); ``"leaves"``, a whole array. With
         ``layers``, of each layer.
-      params: which leaves; see the module.
-      layers: which leading axes are layers, of which each has its own matrix; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
+      layers: how many leading axes are layers, of which each has its own matrix: a number for all leaves,
+        or a mapping from paths to numbers (``{"blocks": 1}``). **None** where no leaf has more than two axes.
 
     Metrics: ``zero``, the share of groups with a norm below a millionth of the largest one. At a
     zero group the subgradient is 0.
@@ -83,8 +85,10 @@ class NuclearNorm:
     """Nuclear norm, the sum of each matrix's singular values (Fazel 2002): drives matrices to low rank.
 
     Args:
-      params: which leaves; see the module.
-      layers: which leading axes are layers, of which each has its own matrix; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
+      layers: how many leading axes are layers, of which each has its own matrix: a number for all leaves,
+        or a mapping from paths to numbers (``{"blocks": 1}``). **None** where no leaf has more than two axes.
 
     Metrics: ``effective_rank``, the mean over matrices of exp(entropy of the normalised singular values)
     (Roy & Vetterli 2007). The subgradient leaves out singular values that are 0
@@ -119,8 +123,10 @@ class SpectralNorm:
 
     Args:
       iterations: of the power method, **20**. The estimate never exceeds the norm.
-      params: which leaves; see the module.
-      layers: which leading axes are layers, of which each has its own matrix; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
+      layers: how many leading axes are layers, of which each has its own matrix: a number for all leaves,
+        or a mapping from paths to numbers (``{"blocks": 1}``). **None** where no leaf has more than two axes.
 
     Metrics: ``max``, the largest of them.
 
@@ -168,8 +174,10 @@ class WeightOrthogonality:
 
     Args:
       mode, axis: as there.
-      params: which leaves; see the module.
-      layers: which leading axes are layers, of which each has its own matrix; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
+      layers: how many leading axes are layers, of which each has its own matrix: a number for all leaves,
+        or a mapping from paths to numbers (``{"blocks": 1}``). **None** where no leaf has more than two axes.
 
     Metrics: ``max_cosine``, the largest ``|G|`` off the diagonal of any matrix.
 

@@ -27,7 +27,8 @@ class WeightL1:
     """L1 penalty on parameters, ``Σ |θ|`` (Tibshirani 1996).
 
     Args:
-      params: which leaves; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
 
     Metrics: ``mean`` of ``|θ|``. The subgradient at 0 is 0.
 
@@ -52,7 +53,8 @@ class WeightL2:
     """L2 penalty on parameters, ``Σ θ²``: weight decay as a loss (Hoerl & Kennard 1970).
 
     Args:
-      params: which leaves; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
 
     Metrics: ``norm``, ‖θ‖.
 
@@ -79,7 +81,8 @@ class L2SP:
       reference: θ₀, of the structure of the parameters. It travels with the objective as an argument
         of the compiled program, and gets no gradient. Where the parameters are donated, give a copy:
         ``jax.tree.map(jnp.copy, params)``.
-      params: which leaves; see the module.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
 
     Metrics: ``distance``, the L2 distance ‖θ − θ₀‖.
 
@@ -112,8 +115,10 @@ class EWC:
     Args:
       reference: θ₀, of the structure of the parameters.
       fisher: F ≥ 0, the diagonal of the Fisher information, of the same structure. Neither gets a
-        gradient. Where F is negative the value is NaN.
-      params: which leaves; see the module.
+        gradient. Where F is negative the value is NaN. Where the parameters are donated, both are copies, as
+        of `L2SP`.
+      params: which leaves: a pattern on their paths (``"*/kernel"``), a leading part (``"head"``), a tuple of
+        these, or a function of the path. **None** for all.
 
     Metrics: ``distance``, its square root.
 

@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.core.output import flat
@@ -59,6 +59,8 @@ class JSONL:
       ...     print(path.read_text())
       {"step":0,"time":...,"loss_total":3.0,...,"metrics":{"optim/learning_rate":0.001}}
     """
+
+    _when_slow: ClassVar[str | None] = "write the file to a disk of this machine"
 
     def __init__(self, path: str | os.PathLike[str], *, backlog: int = 10_000) -> None:
         self._file = LineFile(Path(path), backlog)

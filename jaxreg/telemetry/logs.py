@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 
@@ -34,6 +34,10 @@ class Logging:
       step 7: loss 4.5 = base 3 (50%) + l2 1.5 (50%)
     """
 
+    _when_slow: ClassVar[str | None] = (
+        "let its logger have a logging.handlers.QueueHandler, whose listener writes in a thread"
+    )
+
     def __init__(
         self, logger: str | logging.Logger = "jaxreg", level: int = logging.INFO, every: int = 1
     ) -> None:
@@ -50,6 +54,8 @@ class Logging:
                 self._logger.log(self._level, "%s: %s", _at(event), _step(event.metadata["report"]))
         elif event.name.endswith(".exception"):
             self._failed(event)
+        elif event.name == "compile.start":
+            self._logger.info("%s: compiling ...", event.metadata.get("program"))
         elif event.name == "compile":
             seconds, about = event.measurements.get("duration", 0.0), event.metadata
             changed = "; ".join(about.get("changed", ()))

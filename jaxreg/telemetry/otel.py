@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.base.extras import need
@@ -44,6 +44,8 @@ class OpenTelemetry:
       ...     with jr.telemetry.attached(OpenTelemetry()):
       ...         ...  # the loop, which calls jr.telemetry.log(out, step=step)
     """
+
+    _when_slow: ClassVar[str | None] = "give the SDK a BatchSpanProcessor, which exports in a thread"
 
     def __init__(self, tracer_provider: Any = None, meter_provider: Any = None) -> None:
         trace = need("opentelemetry.trace", "otel", "OpenTelemetry")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.base.extras import need
@@ -15,6 +16,9 @@ class TensorBoard:
     """A handler that writes every step's metrics, by their flat names, and its timings under ``timing/``.
 
     Numbers that are not finite are written as they are. A step without a number gets the one after the last.
+
+    TensorBoard's own reader finds them among the tensors, of which it keeps ten unless it is told otherwise:
+    ``EventAccumulator(logdir, {"tensors": 0}).Reload().Tensors("loss/total")``.
 
     Args:
       logdir: the run's folder, which ``tensorboard --logdir`` reads.
@@ -29,6 +33,8 @@ class TensorBoard:
       ...     with jr.telemetry.attached(TensorBoard("runs/terms")):
       ...         ...  # the loop, which calls jr.telemetry.log(out, step=step)
     """
+
+    _when_slow: ClassVar[str | None] = "write to a disk of this machine"
 
     def __init__(self, logdir: str | os.PathLike[str]) -> None:
         summary = need("tensorboard.summary", "tensorboard", "TensorBoard")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.base.extras import need
@@ -33,6 +33,8 @@ class WandB:
       ...     with wandb.init(project="terms") as run, jr.telemetry.attached(WandB(run)):
       ...         ...  # the loop, which calls jr.telemetry.log(out, step=step)
     """
+
+    _when_slow: ClassVar[str | None] = 'wandb.init(mode="offline") does not wait for the network'
 
     def __init__(self, run: Any, *, alerts: bool = False) -> None:
         need("wandb", "wandb", "WandB")

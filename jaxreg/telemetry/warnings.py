@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event, emit
 from jaxreg.core.spec import BASE, TOTAL
@@ -50,6 +50,8 @@ class Warnings:
       ...         jr.telemetry.log(objective(jnp.ones(3))[1], step=step)
       2 term 'hinge': its value has been 0 for 3 steps
     """
+
+    _when_slow: ClassVar[str | None] = None  # it looks for where a NaN began, once an episode
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxreg.base.events import Event
 from jaxreg.core.output import CustomLossOutput, flat
@@ -50,6 +50,8 @@ class TinkerMetrics:
       ...     jr.telemetry.log(out, step=0)
       0 custom/loss/base:mean
     """
+
+    _when_slow: ClassVar[str | None] = "let the function that it was given hand its work to a thread"
 
     def __init__(self, send: Callable[[int | None, dict[str, float]], object]) -> None:
         self._send = send

@@ -21,7 +21,7 @@ import numpy as np
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch, as_token_batch
 from jaxreg.terms.masked import counts, real_values
-from jaxreg.terms.term import Source, needs, read
+from jaxreg.terms.term import Source, named, needs, read
 
 Inputs: TypeAlias = Literal["logprobs", "logits"]
 INPUTS = ("logprobs", "logits")
@@ -53,7 +53,7 @@ def token_rows(batch: PyTree, x: Array, who: str, inputs: Inputs, *, per_token: 
     if not fits:
         raise ValueError(
             f"{who}: x is {'logits [B, T, V]' if inputs == 'logits' else 'logprobs [B, T]'} with (B, T) = "
-            f"{tokens.shape} as in the batch, got {jnp.shape(x)}"
+            f"{tokens.shape} as in the batch, whose arrays are {sorted(tokens)}, got {jnp.shape(x)}"
         )
     if per_token:
         check_weights(tokens, tokens.shape, who)
@@ -143,7 +143,7 @@ def read_folded(
     if per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
-        raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")
+        raise ValueError(f"{who}: {named(source, what)} has shape {array.shape}, but x has {shape}")
     return real_values(tokens, fold(array, tokens, trailing), who)
 
 

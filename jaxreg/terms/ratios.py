@@ -54,12 +54,18 @@ def reduce_large(tokens: TokenBatch, values: Array, reduction: Reduction) -> Arr
     Where a value is above 2⁹⁶ all are scaled down by 2⁻⁶⁴ before they are summed, and a total that is no
     number of the dtype saturates at the largest that is. The gradient is that of the sum.
     """
-    return _summed(lambda scaled: reduce_tokens(tokens, scaled, reduction), tokens, values)
+    size = largest(tokens, jnp.abs(values))
+    return _summed(lambda scaled: reduce_tokens(tokens, scaled, reduction), values, size)
 
 
 def mean_large(tokens: TokenBatch, values: Array) -> Array:
     """`TokenBatch.mean`, likewise."""
-    return _summed(tokens.mean, tokens, values)
+    return _summed(tokens.mean, values, largest(tokens, jnp.abs(values)))
+
+
+def sum_large(values: Array) -> Array:
+    """The sum of all of an array, likewise."""
+    return _summed(jnp.sum, values, jnp.max(jnp.abs(jax.lax.stop_gradient(values)), initial=0.0))
 
 
 def ratio_metrics(tokens: TokenBatch, log_ratio: Array, counted: Array) -> dict[str, Array]:
@@ -74,8 +80,8 @@ def ratio_metrics(tokens: TokenBatch, log_ratio: Array, counted: Array) -> dict[
     }
 
 
-def _summed(reduce: Callable[[Array], Array], tokens: TokenBatch, values: Array) -> Array:
-    size = largest(tokens, jnp.abs(values))
+def _summed(reduce: Callable[[Array], Array], values: Array, size: Array) -> Array:
+    """reduce(values), of which the largest that counts is of this size."""
     scale = jnp.where((size > _LARGE) & (size < jnp.inf), _SCALE, 1.0).astype(values.dtype)
     total = reduce(values * scale)
     # Infinite values are infinite on purpose; only what overflows on the way saturates.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.shown import fields_of
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import BY_FIELD, TokenBatch
 from jaxreg.batch.values import refuse_positive
@@ -32,12 +33,16 @@ def term(cls: _Class) -> _Class:
     data = [name for name in names if name in HOLD_ARRAYS]
     made.__eq__ = _equal
     made.__hash__ = _hash
+    made.__repr__ = fields_of
     jax.tree_util.register_dataclass(made, data, [name for name in names if name not in data])
     return cast(_Class, made)
 
 
 # The fields that are children.
-HOLD_ARRAYS = ("reference", "fisher", "candidates", "sampler", "advantages")
+HOLD_ARRAYS = (
+    *("reference", "fisher", "candidates", "sampler", "advantages"),
+    *("prior_mean", "prior_log_var"),
+)
 
 
 def _values(term: Any) -> list[Any]:
@@ -97,6 +102,11 @@ def read(source: Source, batch: TokenBatch, who: str, what: str) -> Array:
         ) from None
 
 
+def named(source: Source, what: str) -> str:
+    """What a source is, and its name in the batch where it has one."""
+    return f"{what}, {source!r}," if isinstance(source, str) else what
+
+
 def read_like(
     source: Source,
     batch: TokenBatch,
@@ -115,7 +125,7 @@ def read_like(
     if per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
-        raise ValueError(f"{who}: {what} has shape {array.shape}, but x has {shape}")
+        raise ValueError(f"{who}: {named(source, what)} has shape {array.shape}, but x has {shape}")
     values = real_values(batch, array, who)
     if logprobs:
         refuse_positive(values, who, what)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from jaxreg.base.shown import called, never_fails
 from jaxreg.base.types import PyTree, TermFn
 
 View: TypeAlias = str | Callable[[PyTree, PyTree], PyTree]
@@ -62,8 +63,15 @@ class _Of:
 
     def __call__(self, x: PyTree, batch: PyTree = None, **asked: Any) -> Any:
         """The term of the view."""
-        seen = _field(x, self.view) if isinstance(self.view, str) else self.view(x, batch)
+        seen = (
+            field(x, self.view, f"of({self.view!r})") if isinstance(self.view, str) else self.view(x, batch)
+        )
         return self.term(seen, batch, **asked)
+
+    def _shown(self) -> str:
+        return f"of({called(self.view) if callable(self.view) else repr(self.view)}, {called(self.term)})"
+
+    __repr__ = never_fails(_shown)
 
     def __getattr__(self, name: str) -> Any:
         """What it says of itself (``init``, ``rows_together``, ...) is what the term says."""
@@ -72,12 +80,17 @@ class _Of:
         return getattr(self.term, name)
 
 
-def _field(tree: PyTree, path: str) -> PyTree:
+def field(tree: PyTree, path: str, who: str) -> PyTree:
+    """The field of a mapping, dataclass, named tuple, sequence, or any of them in one another.
+
+    Raises:
+      KeyError: there is no such field; it lists those that there are.
+    """
     for name in path.strip("/").split("/"):
         fields = _fields(tree)
         if name not in fields:
             there = sorted(fields) or "none"
-            raise KeyError(f"of({path!r}): {type(tree).__name__} has no field {name!r}; it has {there}")
+            raise KeyError(f"{who}: {type(tree).__name__} has no field {name!r}; it has {there}")
         tree = fields[name]
     return tree
 

@@ -39,6 +39,9 @@ class Row:
 class Board:
     """Takes records and notes as they come; holds no more than a table needs.
 
+    Attributes:
+      compiling: the program that XLA compiles just now, and when that began (seconds since 1970), or None.
+
     Example:
       >>> from jaxreg.watching.records import parse
       >>> board = Board()
@@ -51,16 +54,23 @@ class Board:
         self.count = 0
         self.counts: collections.Counter[str] = collections.Counter()  # of the notes, by level
         self.notes: collections.deque[Note] = collections.deque(maxlen=NOTES)
+        self.compiling: tuple[str, float] | None = None
         self.nonfinite = 0  # steps with a number that was not finite
         self._past: collections.deque[Record] = collections.deque(maxlen=PAST)
 
     def take(self, item: Item) -> None:
         """The next record or note."""
         if isinstance(item, Note):
+            if item.event == "compile.start":
+                self.compiling = str(item.details.get("program") or "a program"), item.time
+                return
+            if item.event == "compile":
+                self.compiling = None
             self.counts[item.level] += 1
             if item.level != "compile":
                 self.notes.append(item)
             return
+        self.compiling = None
         step = item.step
         if step is None:
             item = dataclasses.replace(item, step=0 if self.step is None else self.step + 1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxreg.base.events import Event, attach, detach
-from jaxreg.base.extras import need
 from jaxreg.watching import records
 from jaxreg.watching.board import Board
 from jaxreg.watching.run import Tail
+from jaxreg.watching.screen import Screen
 
 if TYPE_CHECKING:
     import os
@@ -27,14 +27,16 @@ class LiveTable:
     """A table of the terms while training: value, weight, contribution, share of the gradient, trend.
 
     A handler, and a context manager that attaches it. In a terminal the table stays in place, and what the
-    loop prints goes above it; elsewhere (a file, a notebook) a plain table is printed about ten times a run.
+    loop prints goes above it; in a notebook it is one output, updated in place; elsewhere (a file, a pipe) a
+    plain table is printed about ten times a run. While XLA compiles the objective's program, it says so.
     A row's trend is its contribution over the last steps, between its own least and greatest. The share is
     that of `Run.share`.
 
     Args:
       steps: how many there will be, for the progress bar; None where that is not known.
       console: a ``rich.console.Console`` to draw on; standard output by default.
-      refresh: drawings a second. Drawing happens in a thread of its own: a step costs the loop microseconds.
+      refresh: drawings a second at most. In a terminal a thread of its own draws, and a step costs the loop
+        microseconds; in a notebook drawing takes at most a twentieth of the loop's time.
 
     Raises:
       ImportError: rich is missing; the extra ``console`` brings it.
@@ -46,6 +48,7 @@ class LiveTable:
       >>> with LiveTable(steps=1):
       ...     loss, out = objective(jnp.ones(3))
       ...     jr.telemetry.log(out, step=0)
+      compiling jaxreg_call ...
       step 0 · ━━━━━━━━━━━━━━━━━━━━ 100%
       <BLANKLINE>
       term            value      weight    contrib.  trend
@@ -56,14 +59,17 @@ class LiveTable:
       ...
     """
 
+    _when_slow: ClassVar[str | None] = None  # it draws rarely, or in a thread
+
     def __init__(
         self, steps: int | None = None, *, console: Console | None = None, refresh: float = 4
     ) -> None:
         self._board, self._lock = Board(), threading.Lock()
-        self._screen = _Screen(console, self._lock, refresh)
-        self._view: dict[str, Any] = {"board": self._board, "steps": steps}
-        self._rarely = _Rarely(steps)
+        self._news: collections.deque[records.Item] = collections.deque()  # what the board has not taken yet
+        self._steps, self._rarely = steps, _Rarely(steps)
+        self._said: set[str] = set()  # programs whose compiling was told to a stream
         self._closed = False
+        self._screen = Screen(console, self._view, self._lock, refresh)
 
     def __enter__(self) -> LiveTable:
         attach(self)
@@ -78,24 +84,52 @@ class LiveTable:
         """Hear an event."""
         if (item := _item(event)) is None:
             return
-        with self._lock:
-            self._board.take(item)
+        self._news.append(item)
+        if self._lock.acquire(blocking=False):  # else it is being drawn, and the loop does not wait for that
+            try:
+                self._take()
+            finally:
+                self._lock.release()
         if self._closed:
             return
         if self._screen.live:
-            self._screen.show(self._view)
-        elif isinstance(item, records.Record) and self._rarely.now(self._board.count):
-            self._screen.print(self._view)
+            self._screen.show()
+        elif isinstance(item, records.Record):
+            if self._rarely.now(self._board.count):
+                self._screen.print()
+        elif item.event == "compile.start" and (program := item.details["program"]) not in self._said:
+            self._said.add(program)
+            self._screen.say(f"compiling {program} ...")
 
     def close(self) -> None:
         """Draw the last step and leave the terminal as it was."""
         if self._closed:
             return
         self._closed = True
+        with self._lock:
+            self._take()
         if self._screen.live:
             self._screen.stop()
         elif self._rarely.last != self._board.count:
-            self._screen.print(self._view)
+            self._screen.print()
+
+    def _take(self) -> None:
+        """Let the board take what is new; whoever holds the lock."""
+        while self._news:
+            self._board.take(self._news.popleft())
+
+    def _view(self) -> dict[str, Any]:
+        self._take()
+        return {"board": self._board, "steps": self._steps, "aside": _compiling(self._board)}
+
+
+def _compiling(board: Board) -> str:
+    """What XLA does just now, and for how long."""
+    if board.compiling is None:
+        return ""
+    program, began = board.compiling
+    seconds = time.time() - began
+    return f"compiling {program} ..." + (f" {seconds:.0f} s" if seconds >= 1 else "")
 
 
 def watch(
@@ -116,8 +150,10 @@ def watch(
     Raises:
       ImportError: rich is missing; the extra ``console`` brings it.
       FileNotFoundError: there is no file, and ``once`` is set.
+      OSError: there is one that cannot be read; a folder, for example.
+      ValueError: it holds no step, and ``once`` is set.
     """
-    watching = _Watching(Path(path), _Screen(console, threading.Lock(), 1 / max(interval, 0.1)))
+    watching = _Watching(Path(path), console, refresh=1 / max(interval, 0.1))
     if once:
         watching.print_once()
         return
@@ -130,48 +166,69 @@ def watch(
 class _Watching:
     """A file, its board, and where that is shown."""
 
-    def __init__(self, path: Path, screen: _Screen) -> None:
-        self._path, self._screen, self._tail = path, screen, Tail(path)
-        self._board, self._restarts, self._rarely = Board(), 0, _Rarely(None)
-        self._news, self._said = time.monotonic(), ""
+    def __init__(self, path: Path, console: Console | None, refresh: float) -> None:
+        self._path, self._tail, self._board = path, Tail(path), Board()
+        self._restarts, self._rarely = 0, _Rarely(None)
+        self._news, self._aside, self._said = time.monotonic(), "", ""
+        self._lock = threading.Lock()
+        self._screen = Screen(console, self._view, self._lock, refresh)
 
     def __enter__(self) -> _Watching:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._aside = "" if self._board.count else "no step yet"
         if self._screen.live:
-            self._screen.show(self._view("" if self._board.count else "no step yet"))
+            self._screen.show()
             self._screen.stop()
         elif self._rarely.last != self._board.count:
-            self._screen.print(self._view())
+            self._screen.print()
 
     def print_once(self) -> None:
         self._read()
         for item in self._tail.rest():
             self._board.take(item)
-        self._screen.print(self._view("" if self._board.count else "no step yet"))
+        if not self._board.count:
+            raise ValueError(f"{self._path} holds no step of a run: {self._held()}")
+        self._screen.print()
 
     def look(self) -> None:
         """Read what is new, and show it."""
-        aside = ""
+        with self._lock:  # so that it is not drawn in between
+            self._aside = self._waits_for()
+        if self._screen.live:
+            self._screen.show()
+        elif self._rarely.now(self._board.count):
+            self._screen.print()
+        elif not self._board.count and self._aside != self._said:
+            self._said = self._aside
+            self._screen.print()
+
+    def _waits_for(self) -> str:
+        """Read what is new; what is missing, where anything is."""
         try:
             self._read()
         except OSError as error:
-            if isinstance(error, PermissionError | IsADirectoryError):
+            never = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
+            if never or not (self._board.count or isinstance(error, FileNotFoundError)):
                 raise  # waiting would not help
-            aside = "waiting for the file" if not self._board.count else "the file is gone; waiting for it"
+            if self._board.count:
+                return "the file is gone; waiting for it"
+            folder = self._path.parent
+            missing = "" if folder.is_dir() else f" (there is no folder {folder} yet)"
+            return f"waiting for the file {self._path}{missing}"
         quiet = time.monotonic() - self._news
-        if not aside and not self._board.count:
-            aside = "waiting for the first step"
-        elif not aside and quiet > QUIET:
-            aside = f"nothing new for {quiet:.0f} s"
-        if self._screen.live:
-            self._screen.show(self._view(aside))
-        elif self._rarely.now(self._board.count):
-            self._screen.print(self._view())
-        elif not self._board.count and aside != self._said:
-            self._said = aside
-            self._screen.print(self._view(aside))
+        if not self._board.count:
+            held = f": so far {self._held()}" if self._tail.skipped else ""
+            return f"waiting for the first step in {self._path}{held}"
+        return f"nothing new for {quiet:.0f} s" if quiet > QUIET else ""
+
+    def _held(self) -> str:
+        """What a file holds that has no step."""
+        skipped, notes = self._tail.skipped, sum(self._board.counts.values())
+        if notes:
+            return f"only {notes} note{'s' * (notes > 1)}"
+        return f"none of its {skipped:,} lines is one" if skipped else "it is empty so far"
 
     def _read(self) -> None:
         board, count = self._board, self._board.count
@@ -183,58 +240,12 @@ class _Watching:
         if board is not self._board or board.count != count:
             self._board, self._news = board, time.monotonic()
 
-    def _view(self, aside: str = "") -> dict[str, Any]:
+    def _view(self) -> dict[str, Any]:
         skipped = self._tail.skipped
         lines = f"{skipped:,} line{'s' * (skipped > 1)} skipped" if skipped else ""
-        return {"board": self._board, "title": self._path.name, "aside": aside or lines}
-
-
-class _Screen:
-    """Where the table is drawn: a terminal, in place, or a stream, one after another."""
-
-    def __init__(self, console: Console | None, lock: threading.Lock, refresh: float) -> None:
-        need("rich", "console", "the live table")
-        from rich.console import Console
-        from rich.live import Live
-
-        from jaxreg.watching import table
-
-        self._table = table
-        self._console = console or Console(highlight=False)
-        self.live = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._lock, self._view, self._whole = lock, dict[str, Any](), False
-        self._live = Live(
-            get_renderable=self._drawn,
-            console=self._console,
-            refresh_per_second=refresh,
-            vertical_overflow="visible",
-        )
-
-    def _drawn(self) -> Any:
-        """The table as it stands now, cut to the terminal except at the end."""
-        if not self._view:
-            return ""
-        height = None if self._whole else self._console.height
-        with self._lock:  # rendered here, so that no step comes in between
-            lines = self._console.render_lines(self._table.BoardTable(**self._view, height=height), pad=False)
-        return self._table.Drawn(lines)
-
-    def show(self, view: Mapping[str, Any]) -> None:
-        """Draw this from now on."""
-        self._view = dict(view)
-        if not self._live.is_started:
-            self._live.start()
-
-    def print(self, view: Mapping[str, Any]) -> None:
-        """Print it once, below what was printed before."""
-        with self._lock:
-            self._console.print(self._table.BoardTable(**view), "")
-
-    def stop(self) -> None:
-        """Draw all of it a last time; the cursor and the streams are what they were."""
-        self._whole = True
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone; the loop's end is not ours
-            self._live.stop()
+        # The file's name stands in what is waited for.
+        title = self._path.name if self._board.count else ""
+        return {"board": self._board, "title": title, "aside": self._aside or lines}
 
 
 class _Rarely:
@@ -264,7 +275,7 @@ def _item(event: Event) -> records.Item | None:
     when = {"step": event.step, "time": event.time}
     if event.name == "custom_loss.stop":
         return records.record(when | dict(event.metadata["report"]))
-    if event.name in ("warning", "compile") or event.name.endswith(".exception"):
+    if event.name in ("warning", "compile", "compile.start") or event.name.endswith(".exception"):
         said = {key: _plain(value) for key, value in event.metadata.items() if value is not None}
         seconds = event.measurements.get("duration")
         return records.note(when | said | {"event": event.name} | ({"seconds": seconds} if seconds else {}))

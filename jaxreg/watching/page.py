@@ -5,57 +5,42 @@ from __future__ import annotations
 import base64
 import collections
 import math
-from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxreg.core.spec import BASE, TOTAL
-from jaxreg.watching.plots import Drawing
+from jaxreg.core.spec import BASE
+from jaxreg.watching import live
+from jaxreg.watching.charts import Chart
+from jaxreg.watching.legend import sentence
 from jaxreg.watching.records import Note
 from jaxreg.watching.run import Run
-from jaxreg.watching.style import DARK, LIGHT, Style, Theme
-from jaxreg.watching.summary import Facts, ending, mean, summary
-from jaxreg.watching.words import called, duration, escaped, number, percent, when
+from jaxreg.watching.style import DARK, LIGHT, Theme
+from jaxreg.watching.summary import ending, last, mean
+from jaxreg.watching.tables import differences, last_steps, summaries
+from jaxreg.watching.words import duration, escaped, number, percent, when
 
 MOST_NOTES = 50  # of a kind; the rest is counted
 LONGEST = 400  # characters of a message
-DASHARRAYS = ("", "7 3", "2 2.4", "8 3 2 3")
-
-PICTURES: tuple[tuple[str, str, str, Callable[[Drawing], bytes | None]], ...] = (
-    (
-        "contributions",
-        "Contributions",
-        "What every term adds to the loss: its weight times its value. A line is a mean over some "
-        "steps, the band around it goes from the least to the greatest.",
-        Drawing.contributions,
-    ),
-    (
-        "gradient-share",
-        "Share of the gradient",
-        "Each term's weighted gradient norm, as a part of the sum of all of them: not of the norm of the "
-        "total, in which gradients may cancel.",
-        Drawing.shares,
-    ),
-    (
-        "gradient-norms",
-        "Gradient norms",
-        "How hard every term pulls: the norm of its gradient times its weight. A weight of 0 has no place "
-        "on this scale.",
-        Drawing.norms,
-    ),
-    ("weights", "Weights", "What every regularizer weighs.", Drawing.weights),
-    ("timings", "Timings", "Seconds a step, as far as they were logged.", Drawing.timings),
+LARGEST = 2_850_000  # bytes of a page, where its pictures leave room for its numbers
+HOW_TO = (
+    "Point at a chart to read its numbers. Drag to zoom; a double click or Esc shows all steps again. "
+    "Click a name to hide it, with Shift to see it alone. With the keyboard: Tab to a chart, arrows to move, "
+    "Shift for ten steps."
 )
 
 
 class Page:
     """The page's parts, from top to bottom. Whatever comes from a file goes through `escaped`."""
 
-    def __init__(self, runs: Sequence[Run], pictures: dict[str, tuple[bytes, bytes]], title: str) -> None:
-        self._runs, self._pictures, self._title = runs, pictures, title
-        self._facts = [summary(run) for run in runs]
-        self._terms = list(dict.fromkeys(name for run in runs for name in run.terms))
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        charts: Sequence[Chart],
+        pictures: dict[str, tuple[bytes, bytes]],
+        title: str,
+    ) -> None:
+        self._runs, self._charts, self._pictures, self._title = runs, charts, pictures, title
 
     def html(self) -> str:
         """All of it."""
@@ -63,35 +48,37 @@ class Page:
             part
             for part in (
                 self._header(),
-                *(self._picture(*picture[:3]) for picture in PICTURES),
-                *(self._summary(run, facts) for run, facts in zip(self._runs, self._facts, strict=True)),
-                *(self._differences(i) for i in range(1, len(self._runs))),
+                *map(self._figure, self._charts),
+                *summaries(self._runs),
+                *differences(self._runs),
                 *(self._notes(run) for run in self._runs),
                 *(self._compiles(run) for run in self._runs),
             )
             if part
         )
+        scripts = live.scripts()
+        numbers = live.data(self._charts, min(live.ROOM, LARGEST - len(body) - sum(map(len, scripts))))
+        policy = (
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+            f"script-src {' '.join(map(live.digest, scripts))}"
+        )
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            f"<title>{escaped(self._title)} · jaxreg</title>\n<style>\n{self._css()}</style>\n</head>\n"
-            f"<body>\n{body}\n</main>\n</body>\n</html>\n"
+            f"<title>{escaped(self._title)} · jaxreg</title>\n<style>\n{style_sheet()}</style>\n</head>\n"
+            f"<body>\n{body}\n</main>\n"
+            f'<script type="application/json" id="numbers">{numbers}</script>\n'
+            + "".join(f"<script>{script}</script>\n" for script in scripts)
+            + "</body>\n</html>\n"
         )
-
-    def _css(self) -> str:
-        css = resources.files("jaxreg.watching").joinpath("report.css").read_text(encoding="utf-8")
-
-        def colours(theme: Theme) -> str:
-            named = {"b": theme.base} | {f"c{i}": colour for i, colour in enumerate(theme.terms)}
-            return "".join(f".{name} {{ stroke: {colour} }} " for name, colour in named.items())
-
-        return f"{css}{colours(LIGHT)}\n@media (prefers-color-scheme: dark) {{ {colours(DARK)}}}\n"
 
     def _header(self) -> str:
         cards = "".join(self._card(run) for run in self._runs)
         return (
-            f'<header>\n<h1>{escaped(self._title)}</h1>\n<div class="cards">{cards}</div>\n</header>\n<main>'
+            f'<header>\n<h1>{escaped(self._title)}</h1>\n<div class="cards">{cards}</div>\n'
+            f'<p class="how">{HOW_TO}</p>\n</header>\n<main>'
         )
 
     def _card(self, run: Run) -> str:
@@ -99,11 +86,12 @@ class Page:
         steps, levels = run.steps, collections.Counter(note.level for note in run.notes)
         times = run.series("time") if run.has("time") else np.full(len(steps), math.nan)
         known = np.flatnonzero(np.isfinite(times))
-        facts = [
-            ("steps", f"{len(steps):,}" + (f" ({steps[0]:,} to {steps[-1]:,})" if steps[0] else "")),
-            ("loss at the end", number(mean(ending(run.series("loss/total"))))),
-            ("base loss at the end", number(mean(ending(run.of(BASE, "value"))))),
-        ]
+        means = last_steps(run)
+        facts = [("steps", f"{len(steps):,}" + (f" ({steps[0]:,} to {steps[-1]:,})" if steps[0] else ""))]
+        for what, values in (("loss", run.series("loss/total")), ("base loss", run.of(BASE, "value"))):
+            facts.append((f"{what}, last", number(last(values))))
+            if len(ending(values)) > 1:
+                facts.append((f"{what}, {means}", number(mean(ending(values)))))
         if len(known):
             facts.append(("begun", when(float(times[known[0]]))))
         if len(known) > 1 and (took := float(times[known[-1]] - times[known[0]])) > 0:
@@ -122,75 +110,16 @@ class Page:
         name = f"<h2>{escaped(run.name)}</h2>" if len(self._runs) > 1 else ""
         return f'<section class="card">{name}<dl>{cells}</dl></section>'
 
-    def _picture(self, name: str, heading: str, says: str) -> str:
-        if name not in self._pictures:
-            return ""
-        light, dark = map(data_uri, self._pictures[name])
-        alt = escaped(self._alt(name, heading), LONGEST)
-        wide = " wide" if len(self._runs) > 1 else ""
+    def _figure(self, chart: Chart) -> str:
+        """A picture, which the script replaces by a chart that one can point at."""
+        light, dark = map(data_uri, self._pictures[chart.name])
+        notes = "".join(f'<p class="hidden">{escaped(sentence(note), 4000)}</p>\n' for note in chart.notes)
         return (
-            f'<section>\n<h2>{heading}</h2>\n<p class="says">{says}</p>\n'
-            f'<figure class="plot{wide}" tabindex="0"><picture>'
+            f'<section>\n<h2>{chart.heading}</h2>\n<p class="says">{chart.says}</p>\n'
+            f'<figure class="plot" id="chart-{chart.name}"><picture>'
             f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{alt}"></picture></figure>\n</section>'
-        )
-
-    def _alt(self, name: str, heading: str) -> str:
-        """The picture in words: where its largest curves end."""
-        said = []
-        for run in self._runs:
-            ends = [(what, mean(ending(values))) for what, values in _curves(run, name)]
-            known = sorted((e for e in ends if math.isfinite(e[1])), key=lambda end: -abs(end[1]))
-            show = percent if name == "gradient-share" else number
-            curves = ", ".join(f"{called(what)} {show(end)}" for what, end in known[:5])
-            said.append(f"{run.name} ends with {curves or 'no number'}")
-        span = f"steps {min(r.steps[0] for r in self._runs):,} to {max(r.steps[-1] for r in self._runs):,}"
-        return f"{heading} over {span}. {'; '.join(said)}."
-
-    def _summary(self, run: Run, facts: Sequence[Facts]) -> str:
-        heads = ("term", "last", "mean, last 10 %", "min", "max", "weight", "grad share", "not finite")
-        rows = []
-        for f in facts:
-            there = "" if f.steps == len(run.steps) else f' <small class="part">in {f.steps:,} steps</small>'
-            rows.append(
-                [
-                    self._named(f.name) + there,
-                    *map(number, (f.last, f.end, f.least, f.greatest, f.weight)),
-                    percent(f.share),
-                    f'<span class="bad">{f.nonfinite:,}</span>' if f.nonfinite else "0",
-                ]
-            )
-        heading = "Summary" + (f": {escaped(run.name)}" if len(self._runs) > 1 else "")
-        says = "Of each term's contribution; its weight is that of the last step, its share of the gradient "
-        says += "the mean over the last 10 %."
-        return f'<section>\n<h2>{heading}</h2>\n<p class="says">{says}</p>\n{table(heads, rows)}\n</section>'
-
-    def _differences(self, index: int) -> str:
-        """How the end of a run differs from that of the first."""
-        first, other = self._runs[0], self._runs[index]
-        ours, theirs = ({f.name: f for f in self._facts[i]} for i in (0, index))
-        a, b = escaped(first.name), escaped(other.name)
-        rows = []
-        for name in (BASE, *self._terms, TOTAL):
-            left, right = ours.get(name), theirs.get(name)
-            if left is None and right is None:
-                continue
-            cell = self._named(name)
-            if left is None or right is None:
-                cell += f' <small class="part">only in {b if left is None else a}</small>'
-            was, now = (math.nan if f is None else f.end for f in (left, right))
-            shares = [math.nan if f is None else f.share for f in (left, right)]
-            change = now - was
-            sign = "+" if change > 0 else ""
-            relative = sign + percent(change / abs(was)) if was else "–"
-            rows.append(
-                [cell, *map(number, (was, now)), sign + number(change), relative, *map(percent, shares)]
-            )
-        heads = ("term", a, b, "difference", "relative", f"grad share, {a}", f"grad share, {b}")
-        return (
-            f"<section>\n<h2>Differences: {b} against {a}</h2>\n"
-            '<p class="says">Means of the contributions over the last 10 % of each run.</p>\n'
-            f"{table(heads, rows)}\n</section>"
+            f'<img src="{light}" alt="{escaped(alt(chart, self._runs), LONGEST)}"></picture></figure>\n'
+            f"{notes}</section>"
         )
 
     def _notes(self, run: Run) -> str:
@@ -216,31 +145,39 @@ class Page:
             f'<section>\n<h2>{heading}{name}{count}</h2>\n<ol class="notes">{"".join(items)}</ol>\n</section>'
         )
 
-    def _named(self, name: str) -> str:
-        """A term's name beside the line that it is drawn with."""
-        if name == TOTAL:
-            return '<span class="swatch"></span>total'
-        index = -1 if name == BASE else self._terms.index(name)
-        colour = "b" if index < 0 else f"c{index % len(LIGHT.terms)}"
-        dash = DASHARRAYS[Style.of(index, LIGHT).dash]
-        dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        return (
-            '<svg class="swatch" viewBox="0 0 26 8" aria-hidden="true">'
-            f'<path class="{colour}" d="M0 4h26"{dashed}/></svg>{escaped(called(name))}'
-        )
+
+def alt(chart: Chart, runs: Sequence[Run]) -> str:
+    """A chart in words: where its largest curves end."""
+    said = []
+    show = percent if chart.scale.kind == "share" else number
+    whole = 100 if chart.scale.kind == "share" else 1
+    for panel in chart.panels:
+        ends = [(line.label, mean(ending(line.y)) / whole) for line in panel.lines]
+        known = sorted((e for e in ends if math.isfinite(e[1])), key=lambda end: -abs(end[1]))
+        curves = ", ".join(f"{label} {show(end)}".strip() for label, end in known[:5])
+        of = panel.title or (runs[0].name if len(runs) == 1 else "it")
+        said.append(f"{of} ends with {curves or 'no number'}")
+    span = f"steps {min(r.steps[0] for r in runs):,} to {max(r.steps[-1] for r in runs):,}"
+    return f"{chart.heading} over {span}. {'; '.join(said)}."
 
 
-def _curves(run: Run, picture: str) -> list[tuple[str, np.ndarray]]:
-    """What a picture shows of a run, by name."""
-    if picture == "timings":
-        return [(n.partition("/")[2], run.series(n)) for n in run.names if n.startswith("timings/")]
-    if picture == "gradient-share":
-        return [(name, run.share(name)) for name in (BASE, *run.terms)]
-    key = {"contributions": "contribution", "gradient-norms": "grad_norm_weighted", "weights": "weight"}[
-        picture
-    ]
-    names = run.terms if picture == "weights" else (BASE, *run.terms)
-    return [(name, run.of(name, key)) for name in names]
+def style_sheet() -> str:
+    """The page's look, the library's, and the terms' colours."""
+
+    def colours(theme: Theme) -> str:
+        named = {"b": theme.base, "t": theme.total, "o": theme.faint} | theme.marks
+        named |= {f"c{i}": colour for i, colour in enumerate(theme.terms)}
+        return "html { " + " ".join(f"--{name}: {colour};" for name, colour in named.items()) + " }"
+
+    names = ["b", "t", "o", *(f"c{i}" for i in range(len(LIGHT.terms)))]
+    lines = "".join(
+        f".{name} {{ stroke: var(--{name}) }} .area.{name} {{ stroke: var(--{name}); stroke-width: 8 }}\n"
+        for name in names
+    )
+    return (
+        f"{live.static('uPlot.min.css')}\n{live.static('report.css')}{lines}{colours(LIGHT)}\n"
+        f"@media (prefers-color-scheme: dark) {{ {colours(DARK)} }}\n"
+    )
 
 
 def _note(note: Note) -> str:
@@ -251,19 +188,6 @@ def _note(note: Note) -> str:
     return (
         f'<li class="{note.level}"><span class="step">{step}</span><span class="kind">{escaped(what)}</span>'
         f"<span>{escaped(note.text, LONGEST)}</span></li>"
-    )
-
-
-def table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells that are HTML already; the first cell of a row is its heading."""
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    body = "\n".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 
 

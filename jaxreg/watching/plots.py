@@ -1,300 +1,191 @@
-"""A run as pictures: what every term adds, how hard it pulls, what it weighs, what takes the time."""
+"""Charts as pictures, drawn with matplotlib."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from jaxreg.base.extras import need
-from jaxreg.core.spec import BASE
-from jaxreg.watching.curves import thin
-from jaxreg.watching.run import Run, read_run
-from jaxreg.watching.scales import Scale, logarithmic, symmetric
-from jaxreg.watching.style import DASHES, HATCHES, LIGHT, Style, Theme
+from jaxreg.watching import artists, gallery
+from jaxreg.watching.charts import MARKS, Chart, Panel, marks, panel_scale
+from jaxreg.watching.legend import SIZE, Entry, Legend
+from jaxreg.watching.night import repainted
+from jaxreg.watching.run import read_run
+from jaxreg.watching.scales import Scale, put
+from jaxreg.watching.style import DARK, LIGHT
 from jaxreg.watching.words import shown
 
-AREAS = 10  # terms with an area of their own in the picture of the shares
 DPI = 120
 COLORS = 128  # a picture needs no more, and is a third as large
-LARGEST, SMALLEST = 1e60, 1e-60  # what axes can show
-MARKS = (("error", "v", "exception"), ("warning", "v", "warning"), ("nonfinite", "x", "not finite"))
+WIDTH, BESIDE = 7.6, 10.5  # inches: of one panel, of two
+SMALL = 3  # small panels in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Inches around a panel and of its height; points of what is written there."""
+
+    left: float = 0.82
+    right: float = 0.24
+    top: float = 0.22  # for marks
+    title: float = 0.24
+    foot: float = 0.5
+    height: float = 2.7
+    heading: int = 11
+    numbers: int = 9
+
+
+ROOMY, TIGHT = Room(), Room(0.55, 0.14, 0.04, 0.24, 0.32, 1.55, 8, 7)
 
 
 class Drawing:
-    """Pictures of one or more runs, which share their axes, so that equal heights are equal numbers.
+    """One chart as a figure, or some beside each other with one legend.
 
-    Args:
-      runs: each gets a panel.
-      theme: colours.
+    Everything is laid out in inches: matplotlib's own layouts cost as much as the drawing.
+
+    Attributes:
+      figure: matplotlib's.
     """
 
-    def __init__(self, runs: Sequence[Run], theme: Theme = LIGHT) -> None:
-        self._figure = need("matplotlib.figure", "plot", "a picture of a run").Figure
-        self._canvas = need("matplotlib.backends.backend_agg", "plot", "a picture of a run").FigureCanvasAgg
+    def __init__(self, *charts: Chart) -> None:
+        figures = need("matplotlib.figure", "plot", "a picture of a run")
+        canvases = need("matplotlib.backends.backend_agg", "plot", "a picture of a run")
         self._image = need("PIL.Image", "plot", "a picture of a run")
-        self.runs, self.theme = list(runs), theme
-        self.terms = list(dict.fromkeys(name for run in runs for name in run.terms))
-        self._handles: dict[str, Any] = {}
-        self._sizes = False  # whether the scale is logarithmic
+        self.figure = figures.Figure(dpi=DPI, facecolor=LIGHT.paper)
+        self._canvas = canvases.FigureCanvasAgg(self.figure)
+        self._charts, self._small = charts, charts[0].small
+        self._panels = [(chart, panel) for chart in charts for panel in chart.panels]
+        self._columns = min(SMALL if self._small else 2, len(self._panels))
+        self._width = BESIDE if self._columns > 1 and not self._small else WIDTH
+        notes = [note for chart in charts for note in chart.notes]
+        self._legend = Legend(self._entries(), list(dict.fromkeys(notes)), self._width, self._measure)
+        self._draw()
 
-    def contributions(self) -> bytes | None:
-        """What every term adds to the loss."""
-        return self._lines("contribution", "weight · value", symmetric)
-
-    def norms(self) -> bytes | None:
-        """How hard every term pulls: the norm of its weighted gradient."""
-        return self._lines("grad_norm_weighted", "weight · ‖gradient‖", logarithmic)
-
-    def weights(self) -> bytes | None:
-        """What every term weighs."""
-        return self._lines("weight", "weight", symmetric, [name for name in self.terms if self._weighs(name)])
-
-    def shares(self) -> bytes | None:
-        """Each term's part of the gradient, stacked to 100 %."""
-        if not any(np.isfinite(run.share(BASE)).any() for run in self.runs):
-            return None
-        figure, panels = self._panels()
-        kept = self._largest_shares()
-        for axes, run in zip(panels, self.runs, strict=True):
-            self._stack(axes, run, kept)
-            axes.set_ylim(0, 100)
-            axes.set_yticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
-            self._marks(axes, run)
-        return self._finished(figure)
-
-    def timings(self) -> bytes | None:
-        """What takes the time, where the loop logged it."""
-        names = list(dict.fromkeys(n for run in self.runs for n in run.names if n.startswith("timings/")))
-        hosted = [n for n in self.terms if any(run.has(f"reg/{n}/host_seconds") for run in self.runs)]
-        if not names and not hosted:
-            return None
-        figure, panels = self._panels()
-        self._sizes = True
-        for axes, run in zip(panels, self.runs, strict=True):
-            for index, name in enumerate(names):
-                if run.has(name):
-                    self._line(axes, run, run.series(name), name.partition("/")[2], index)
-            for index, name in enumerate(hosted, len(names)):
-                self._line(axes, run, run.of(name, "host_seconds"), f"{name} (host)", index)
-            axes.set_ylabel("seconds" if axes is panels[0] else "")
-        logarithmic(panels, self._drawn(panels))
-        for axes, run in zip(panels, self.runs, strict=True):
-            self._marks(axes, run)
-        return self._finished(figure)
-
-    def overview(self) -> bytes:
-        """Contributions, and the norms where they are tracked, side by side: one picture for a readme."""
-        run = self.runs[0]
-        kinds: list[tuple[str, str, Scale]] = [
-            ("contribution", "contribution to the loss (weight · value)", symmetric)
-        ]
-        if any(run.has(name) for name in ("grad_norm/base", *_named(run, "grad_norm_weighted"))):
-            title = "norm of its gradient (weight · ‖∇value‖)"
-            kinds.append(("grad_norm_weighted", title, logarithmic))
-        self._handles = {}
-        figure = self._figure(figsize=(6.2 * len(kinds), 4.4), dpi=DPI, layout="constrained")
-        panels = [figure.add_subplot(1, len(kinds), i + 1) for i in range(len(kinds))]
-        for axes, (key, title, scale) in zip(panels, kinds, strict=True):
-            self._dress(axes, title)
-            self._sizes = scale is logarithmic
-            for index, name in enumerate((BASE, *self.terms), -1):
-                self._line(axes, run, run.of(name, key), _label(name), index)
-            scale([axes], self._drawn([axes]))
-            self._marks(axes, run)
-        return self._finished(figure)
-
-    def _lines(self, key: str, unit: str, scale: Scale, terms: Sequence[str] | None = None) -> bytes | None:
-        names = (BASE, *self.terms) if terms is None else tuple(terms)
-        if not any(np.isfinite(run.of(name, key)).any() for run in self.runs for name in names):
-            return None
-        figure, panels = self._panels()
-        self._sizes = scale is logarithmic
-        for axes, run in zip(panels, self.runs, strict=True):
-            for name in names:
-                self._line(axes, run, run.of(name, key), _label(name), self._index(name))
-            axes.set_ylabel(unit if axes is panels[0] else "")
-        scale(panels, self._drawn(panels))
-        for axes, run in zip(panels, self.runs, strict=True):
-            self._marks(axes, run)
-        return self._finished(figure)
-
-    def _panels(self) -> tuple[Any, list[Any]]:
-        """An empty figure: a panel a run, all with the same axes."""
-        self._handles = {}
-        count = len(self.runs)
-        columns = min(2, count)
-        rows = math.ceil(count / columns)
-        figure = self._figure(
-            figsize=(9 if count == 1 else 12, 0.6 + 3.6 * rows), dpi=DPI, layout="constrained"
-        )
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[count:]:
-            axes.remove()
-        for axes, run in zip(grid, self.runs, strict=False):
-            self._dress(axes, run.name if count > 1 else "")
-            axes.tick_params(labelbottom=True)
-        first = min(int(run.steps[0]) for run in self.runs)
-        last = max(int(run.steps[-1]) for run in self.runs)
-        edge = max(0.01 * (last - first), 0.5, 1e-6 * max(abs(first), abs(last)))
-        grid[0].set_xlim(first - edge, last + edge)
-        return figure, list(grid[:count])
-
-    def _dress(self, axes: Any, title: str) -> None:
-        theme = self.theme
-        axes.figure.set_facecolor(theme.paper)
-        axes.set_facecolor(theme.paper)
-        axes.set_title(shown(title), fontsize=11, color=theme.ink, loc="left", pad=14, parse_math=False)
-        axes.set_xlabel("step")
-        axes.grid(color=theme.faint, lw=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(theme.faint)
-        axes.tick_params(which="both", colors=theme.ink, labelsize=9, length=0)
-        axes.xaxis.label.set_color(theme.ink)
-        axes.yaxis.label.set_color(theme.ink)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == round(value) else "")
-
-    def _line(self, axes: Any, run: Run, values: np.ndarray, label: str, index: int) -> None:
-        """A mean with its range around it; points that stand alone as dots."""
-        with np.errstate(invalid="ignore"):
-            sizes = np.abs(values)
-            values = np.where(sizes < SMALLEST, 0.0, np.clip(values, -LARGEST, LARGEST))
-            values = np.where(sizes > 0, values, np.nan) if self._sizes else values  # a logarithm has no 0
-        curve, style = thin(run.steps, values), Style.of(index, self.theme)
-        if not np.isfinite(curve.mean).any():
-            return
-        wide = 2.2 if index < 0 else 1.5
-        (line,) = axes.plot(curve.x, curve.mean, color=style.color, ls=DASHES[style.dash], lw=wide)
-        alone = curve.alone
-        if alone.any():
-            axes.plot(curve.x[alone], curve.mean[alone], "o", color=style.color, ms=3.5)
-        if np.any(curve.high > curve.low):
-            axes.fill_between(curve.x, curve.low, curve.high, color=style.color, alpha=0.16, lw=0)
-        self._handles.setdefault(label, line)
-
-    def _stack(self, axes: Any, run: Run, kept: Sequence[str]) -> None:
-        names = [name for name in (BASE, *kept) if name == BASE or name in run.terms]
-        layers = {name: thin(run.steps, 100 * run.share(name)).mean for name in names}
-        layers = {name: layer for name, layer in layers.items() if np.isfinite(layer).any()}
-        if not layers:
-            return
-        x = thin(run.steps, run.share(BASE)).x
-        known = np.isfinite(np.array(list(layers.values()))).any(axis=0)
-        bottom = np.where(known, 0.0, np.nan)
-        if len(x) == 1:  # an area needs two ends
-            x, bottom = x[0] + np.array([-0.5, 0.5]), np.repeat(bottom, 2)
-        for name, layer in layers.items():
-            style = Style.of(self._index(name), self.theme)
-            top = bottom + np.nan_to_num(layer)
-            self._area(
-                axes,
-                (x, bottom, top),
-                _label(name),
-                (style.color, HATCHES[style.dash]),
-                0.55 if name == BASE else 0.9,
-            )
-            bottom = top
-        if len(kept) < len(self.terms) and np.nanmax(100 - bottom, initial=0.0) > 1e-6:
-            label = f"{len(self.terms) - len(kept)} others"
-            rest = (x, bottom, np.where(np.isfinite(bottom), 100.0, np.nan))
-            self._area(axes, rest, label, (self.theme.faint, None), 1.0)
-
-    def _area(self, axes: Any, area: tuple[Any, Any, Any], label: str, look: Look, alpha: float) -> None:
-        color, hatch = look
-        paper = self.theme.paper
-        patch = axes.fill_between(*area, facecolor=color, hatch=hatch, edgecolor=paper, lw=0.4, alpha=alpha)
-        self._handles.setdefault(label, patch)
-
-    def _largest_shares(self) -> list[str]:
-        """The terms with an area of their own, in order."""
-        if len(self.terms) <= AREAS + 1:
-            return self.terms
-        size = {
-            name: sum(float(np.nansum(run.share(name))) for run in self.runs if name in run.terms)
-            for name in self.terms
-        }
-        kept = sorted(self.terms, key=lambda name: -size[name])[:AREAS]
-        return [name for name in self.terms if name in kept]
-
-    def _marks(self, axes: Any, run: Run) -> None:
-        """Above the panel, where something happened: exceptions, warnings, numbers that are not finite."""
-        at: dict[str, Iterable[int]] = {
-            level: [note.step for note in run.notes if note.level == level and note.step is not None]
-            for level in ("error", "warning")
-        }
-        at["nonfinite"] = run.steps[run.nonfinite()]
-        low, high = axes.get_xlim()
-        for height, (level, marker, label) in zip((1.055, 1.055, 1.02), MARKS, strict=True):
-            # Marks in the same place are one: a run may have thousands.
-            places = {
-                round((step - low) / (high - low) * 200): step for step in at[level] if low <= step <= high
-            }
-            if not places:
-                continue
-            steps, color = list(places.values()), self.theme.marks[level]
-            across = axes.get_xaxis_transform()
-            (mark,) = axes.plot(
-                steps,
-                [height] * len(steps),
-                marker,
-                color=color,
-                ms=5,
-                transform=across,
-                clip_on=False,
-                ls="",
-            )
-            if len(steps) <= 12:
-                axes.vlines(steps, 0, 1, color=color, lw=0.8, alpha=0.5, transform=across, zorder=0.5)
-            self._handles.setdefault(f"\0{label}", mark)  # no term has such a name
-
-    def _drawn(self, panels: Sequence[Any]) -> np.ndarray:
-        """All numbers in the panels, which the scale is chosen from."""
-        curves = [np.asarray(line.get_ydata(), float) for axes in panels for line in axes.lines]
-        values = np.concatenate([np.empty(0), *curves])
-        return values[np.isfinite(values)]
-
-    def _finished(self, figure: Any) -> bytes:
-        """The PNG, with a legend below."""
-        if self._handles:
-            columns = max(1, min(len(self._handles), int(figure.get_figwidth() / 1.75)))
-            # Names are set afterwards, as they are: a "_" or a "$" in front means something to a legend.
-            legend = figure.legend(
-                list(self._handles.values()),
-                ["x"] * len(self._handles),
-                loc="outside lower center",
-                ncols=columns,
-                frameon=False,
-                fontsize=9,
-                labelcolor=self.theme.ink,
-                handlelength=2.6,
-            )
-            for text, label in zip(legend.get_texts(), self._handles, strict=True):
-                text.set_parse_math(False)
-                text.set_text(shown(label.removeprefix("\0"), 22))
-        canvas = self._canvas(figure)
+    def pngs(self) -> tuple[bytes, bytes]:
+        """The picture by day and by night."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-            canvas.draw()
-        pixels = self._image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-        out = io.BytesIO()
-        pixels.quantize(COLORS, dither=self._image.Dither.NONE).save(out, "PNG", optimize=True)
-        return out.getvalue()
+            self._canvas.draw()
+        pixels = self._image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
+        kinds = self._image
+        picture = pixels.quantize(COLORS, method=kinds.Quantize.FASTOCTREE, dither=kinds.Dither.NONE)
+        palette = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
+        written = []
+        for theme in (LIGHT, DARK):
+            picture.putpalette(repainted(palette, LIGHT, theme).tobytes())
+            out = io.BytesIO()
+            picture.save(out, "PNG", compress_level=7)
+            written.append(out.getvalue())
+        return written[0], written[1]
 
-    def _index(self, name: str) -> int:
-        return -1 if name == BASE else self.terms.index(name)
+    def _draw(self) -> None:
+        room = TIGHT if self._small else ROOMY
+        top = room.top + room.title * any(panel.title for _, panel in self._panels)
+        rows = math.ceil(len(self._panels) / self._columns)
+        row, column = top + room.height + room.foot, self._width / self._columns
+        whole = np.array([self._width, rows * row + self._legend.height])
+        self.figure.set_size_inches(*whole)
+        drawn: dict[int, list[Any]] = {}
+        for i, (chart, panel) in enumerate(self._panels):
+            corner = (i % self._columns) * column, whole[1] - (i // self._columns + 1) * row
+            place = np.add(corner, (room.left, room.foot)) / whole
+            size = np.array([column - room.left - room.right, room.height]) / whole
+            own = drawn.setdefault(id(chart), [])
+            first = own[0] if own else None
+            axes = self.figure.add_axes((*place, *size), sharex=first, sharey=None if self._small else first)
+            own.append(axes)
+            unit = chart.unit if i % self._columns == 0 or len(self._charts) > 1 else ""
+            self._dress(axes, panel.title, unit, room)
+            _fill(axes, panel, panel_scale(chart, panel), self._small)
+        for chart in self._charts:
+            _finish(chart, drawn[id(chart)])
+        self._legend.draw(self.figure, self._write)
 
-    def _weighs(self, name: str) -> bool:
-        return any(np.isfinite(run.of(name, "weight")).any() for run in self.runs)
+    def _dress(self, axes: Any, title: str, unit: str, room: Room) -> None:
+        ink = LIGHT.ink
+        axes.set_facecolor(LIGHT.paper)
+        # Where the title is given a height, none is looked for.
+        name = shown(title, 36 if self._small else 60)
+        pad = 5 if self._small else 14
+        axes.set_title(name, fontsize=room.heading, color=ink, loc="left", y=1, pad=pad, parse_math=False)
+        axes.grid(color=LIGHT.faint, lw=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(LIGHT.faint)
+        axes.tick_params(which="both", colors=ink, labelsize=room.numbers, bottom=False, left=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == round(value) else "")
+        axes.yaxis.get_offset_text().set(color=ink, fontsize=room.numbers)
+        if self._small:
+            axes.locator_params(nbins=4)
+        else:
+            axes.set_xlabel("step", color=ink)
+            axes.set_ylabel(unit, color=ink)
+
+    def _entries(self) -> list[Entry]:
+        """What the legend names: every line once, then the marks."""
+        share = self._charts[0].scale.kind == "share"
+        sample = artists.area_sample if share else artists.line_sample
+        lines = {line.label: line.index for _, panel in self._panels for line in panel.lines if line.label}
+        found = {level for _, panel in self._panels for run in panel.runs for level in marks(run)}
+        entries = [Entry(label, sample(index)) for label, index in lines.items()]
+        return entries + [Entry(MARKS[at], artists.mark_sample(at)) for at in MARKS if at in found]
+
+    def _measure(self, text: str) -> float:
+        """Inches that it is wide."""
+        properties = _text(text, SIZE).get_fontproperties()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a glyph that no font has
+            width, _, _ = self._canvas.get_renderer().get_text_width_height_descent(text, properties, False)
+        return float(width) / DPI
+
+    def _write(self, x: float, y: float, text: str, size: int) -> None:
+        written = _text(text, size)
+        written.set(x=x, y=y, va="center", color=LIGHT.ink, transform=self.figure.dpi_scale_trans)
+        self.figure.add_artist(written)
 
 
-Look: TypeAlias = tuple[str, str | None]  # a colour and a hatch
+def _fill(axes: Any, panel: Panel, scale: Scale, small: bool) -> None:
+    if scale.kind == "share":
+        artists.draw_areas(axes, panel.lines)
+        return
+    for line in panel.lines:
+        artists.draw_line(axes, line, scale.kind == "log", small)
+    if scale.kind == "symlog":
+        axes.axhline(0, color=LIGHT.ink, lw=0.6, alpha=0.6)
+
+
+def _finish(chart: Chart, drawn: Sequence[Any]) -> None:
+    """What needs to know all that is drawn: the ends of the axes, and marks above them."""
+    steps = [line.x for panel in chart.panels for line in panel.lines]
+    steps += [run.steps for panel in chart.panels for run in panel.runs]
+    first, last = min(int(x[0]) for x in steps), max(int(x[-1]) for x in steps)
+    edge = max(0.01 * (last - first), 0.5, 1e-6 * max(abs(first), abs(last)))
+    drawn[0].set_xlim(first - edge, last + edge)
+    for axes, panel in zip(drawn, chart.panels, strict=True):
+        if chart.small or axes is drawn[0]:
+            put(panel_scale(chart, panel), axes)
+        for run in panel.runs:
+            artists.draw_marks(axes, run)
+
+
+def _text(text: str, size: int) -> Any:
+    """A text as it is: a "$" in a name begins no formula."""
+    from matplotlib.text import Text
+
+    return Text(0, 0, text, fontsize=size, parse_math=False)
+
+
+def pictures(charts: Sequence[Chart]) -> dict[str, tuple[bytes, bytes]]:
+    """Every chart by its name, by day and by night."""
+    return {chart.name: Drawing(chart).pngs() for chart in charts}
 
 
 def plot(path: str | os.PathLike[str], picture: str | os.PathLike[str] = "terms.png") -> Path:
@@ -319,16 +210,17 @@ def plot(path: str | os.PathLike[str], picture: str | os.PathLike[str] = "terms.
       ...     plot(Path(folder, "run.jsonl"), Path(folder, "terms.png")).name
       'terms.png'
     """
+    runs = [read_run(path)]
+    charts = [chart for make in (gallery.contributions, gallery.norms) if (chart := make(runs)) is not None]
+    png, _ = Drawing(*map(_titled, charts or [gallery.nothing(runs)])).pngs()
     picture = Path(picture)
-    png = Drawing([read_run(path)]).overview()
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(png)
     return picture
 
 
-def _label(name: str) -> str:
-    return "base loss" if name == BASE else name
-
-
-def _named(run: Run, key: str) -> list[str]:
-    return [f"reg/{name}/{key}" for name in run.terms]
+def _titled(chart: Chart) -> Chart:
+    """The chart with its heading over its panel, for where none stands beside it."""
+    panels = tuple(dataclasses.replace(panel, title=chart.heading) for panel in chart.panels)
+    notes = tuple(f"{chart.heading}: {note}" for note in chart.notes)
+    return dataclasses.replace(chart, panels=panels, notes=notes)

@@ -145,19 +145,20 @@ class Run:
         be an immense share. The sum bounds the norm of the total (triangle inequality), so the shares are
         what each term would have of the gradient if all pulled one way, and add up to 1.
         """
-        norms = self._weighted_norms()
         if term != BASE and term not in self.terms:
             raise KeyError(f"{self.name} has no term {term!r}; it has {', '.join([BASE, *self.terms])}")
+        return self.shares()[term]
+
+    def shares(self) -> dict[str, Series]:
+        """`share` of the base loss and of every term, by name."""
+        norms = {name: np.abs(self.of(name, "grad_norm_weighted")) for name in (BASE, *self.terms)}
         with np.errstate(over="ignore"):
             whole = np.nansum(list(norms.values()), axis=0)
         for row, names in enumerate(self._nonfinite):
             if any(math.isnan(norms[name][row]) for name in names if name in norms):
                 whole[row] = NAN
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(whole > 0, norms[term] / whole, NAN)
-
-    def _weighted_norms(self) -> dict[str, Series]:
-        return {name: np.abs(self.of(name, "grad_norm_weighted")) for name in (BASE, *self.terms)}
+            return {name: np.where(whole > 0, norm / whole, NAN) for name, norm in norms.items()}
 
     def present(self, term: str) -> np.ndarray:
         """[S] whether the step has the term; it may have come or gone when the run was resumed."""

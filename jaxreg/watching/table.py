@@ -34,7 +34,7 @@ class Signs:
     missing: str = "–"
     broken: str = "×"
     cut: str = "…"
-    norm: str = "‖grad‖"
+    norm: str = "w·‖grad‖"  # of the weighted gradient
 
     @classmethod
     def of(cls, encoding: str) -> Signs:
@@ -48,7 +48,7 @@ class Signs:
         try:
             "".join(getattr(signs, field.name) for field in dataclasses.fields(cls)).encode(encoding)
         except (UnicodeEncodeError, LookupError):
-            return cls("_.-~=+*#", "-=#", "#", ".", "-", ", ", "-", "x", "~", "|grad|")
+            return cls("_.-~=+*#", "-=#", "#", ".", "-", ", ", "-", "x", "~", "w*|grad|")
         return signs
 
 

@@ -1,5 +1,7 @@
 """forward= takes Flax linen params, NNX modules and Equinox pytrees alike."""
 
+import zlib
+
 import chex
 import flax.linen as nn
 import jax
@@ -133,3 +135,22 @@ def test_dropout_gets_its_key():
     assert not np.array_equal(one, two)
     with pytest.raises(ValueError, match="forward: it asks for a random key"):
         objective.value_and_grad(jnp.ones(64))
+
+
+def test_keys_are_the_calls_folded_with_the_name_whatever_else_there_is():
+    def draw(name):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(3), zlib.crc32(name) & 0x7FFFFFFF))
+
+    def noisy(x, batch, *, key):
+        return jax.random.normal(key) + 0 * jnp.sum(x)
+
+    def forward(params, batch, *, key):
+        return params + jax.random.normal(key)
+
+    terms = [dict(name="noise", fn=noisy, weight=1.0)]
+    for some in (terms, [dict(name="other", fn=noisy, weight=1.0), *terms]):
+        for base, want in ((lambda z, b: jnp.sum(z), draw(b"/forward")), (noisy, draw(b"base_loss"))):
+            objective = jr.compose(base, some, forward=forward)
+            _, out = objective(jnp.zeros(1), key=jax.random.key(3))
+            close(out.base_loss.value, want)
+            close(out.regularizers["noise"].value, draw(b"noise"))

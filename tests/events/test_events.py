@@ -71,6 +71,36 @@ class TestHandlers:
         assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2  # the first, and the tenth
         assert "10 events took longer" in caplog.text
 
+    def test_a_sink_of_ours_says_what_can_be_done_where_it_goes_on_being_slow(self, caplog, monkeypatch):
+        monkeypatch.setattr(_events, "SLOW", 0.001)
+
+        class Sink:
+            _when_slow = "write to a faster disk"
+
+            def __call__(self, event):
+                time.sleep(0.002)
+
+        class Rare(Sink):
+            _when_slow = None
+
+        with attached(Sink(), Rare()):
+            for _ in range(9):
+                emit("x")
+            assert not caplog.records
+            emit("x")
+        (record,) = caplog.records
+        assert record.getMessage().startswith("telemetry: Sink is slow: 10 events took longer than 0.001 s")
+        assert record.getMessage().endswith("; write to a faster disk")
+
+    def test_every_handler_of_ours_says_so(self):
+        handlers = [
+            value
+            for value in vars(jr.telemetry).values()
+            if isinstance(value, type) and "__call__" in vars(value)
+        ]
+        assert len(handlers) == 9
+        assert all("_when_slow" in vars(handler) for handler in handlers)
+
     def test_closing(self):
         closed = []
 
@@ -165,7 +195,7 @@ class TestClient:
                 jr.client.forward_backward_custom(embedded, data, objective).result()
             jr.client.forward_backward_custom(embedded, data, objective, step=70).result()
         by_step = [
-            [event.name for event in heard if event.step == step and event.name != "compile"]
+            [event.name for event in heard if event.step == step and not event.name.startswith("compile")]
             for step in (0, 1, 70)
         ]
         assert (
@@ -245,7 +275,7 @@ class TestClient:
             jr.client.forward_backward_custom(Slow(), make_data(), objective)
         for term in terms:
             term.close()
-        ours = [(e.name, e.metadata.get("term")) for e in heard if e.name != "compile"]
+        ours = [(e.name, e.metadata.get("term")) for e in heard if not e.name.startswith("compile")]
         assert ours == [
             ("custom_loss.start", None),
             ("regularizer.compute.start", "waits"),
@@ -289,6 +319,28 @@ class TestCompile:
         ]
         assert all(event.measurements["duration"] > 0 for event in events)
 
+    def test_it_is_told_when_it_begins(self):
+        heard = Heard()
+        order = []  # ours, and JAX's own word that XLA has compiled something
+
+        def compiled(event, seconds, **about):
+            if event.endswith("backend_compile_duration") and "jaxreg" in about["fun_name"]:
+                order.append("XLA is done")
+
+        objective = jr.compose(_total, [dict(name="begins", fn=_square, weight=0.5)])
+        jax.monitoring.register_event_duration_secs_listener(compiled)
+        with attached(heard, lambda event: order.append(event.name)):
+            objective.value_and_grad(jnp.ones(3))
+            objective.value_and_grad(jnp.ones(3))
+            objective.value_and_grad(jnp.ones(4))
+            jax.jit(jnp.cumsum)(jnp.ones(17))  # has no objective in it
+        jax.monitoring.unregister_event_duration_listener(compiled)
+        assert order == ["compile.start", "XLA is done", "compile"] * 2
+        for start, stop in (heard[:2], heard[2:]):
+            assert start.metadata == stop.metadata
+            assert not start.measurements
+        assert heard[2].metadata["changed"] == ["x: float32[3] -> float32[4]"]
+
     def test_inside_a_program_of_ones_own(self):
         heard = Heard()
 
@@ -302,7 +354,8 @@ class TestCompile:
         with attached(heard):
             for n in (5, 5, 6):
                 train_step_of_mine(objective, jnp.ones(n))
-        assert [event.metadata["program"] for event in heard.named("compile")] == ["train_step_of_mine"] * 2
+        for name in ("compile.start", "compile"):
+            assert [event.metadata["program"] for event in heard.named(name)] == ["train_step_of_mine"] * 2
         assert heard.named("compile")[1].metadata["changed"] == ["x: float32[5] -> float32[6]"]
 
     def test_a_dry_run_does_not_hide_it(self):
@@ -310,7 +363,7 @@ class TestCompile:
         objective = jr.compose(_total)
         with attached(heard):
             objective.eval_shape(jnp.ones(9))
-            assert not heard.named("compile")
+            assert not heard
             objective.value_and_grad(jnp.ones(9))
         assert len(heard.named("compile")) == 1
 
@@ -320,3 +373,10 @@ def test_a_step_that_never_began_is_told():
     with attached(heard), pytest.raises(ValueError, match="there is no data"):
         jr.client.forward_backward_custom(Scripted(), [], sft(), step=4)
     assert [(event.name, event.step) for event in heard] == [("custom_loss.exception", 4)]
+
+
+def test_log_says_what_it_wants():
+    objective = jr.compose(lambda x, batch: jnp.sum(x))
+    result = objective(jnp.ones(3))
+    with jr.telemetry.attached(lambda event: None), pytest.raises(TypeError, match="it is `out`"):
+        jr.telemetry.log(result[0])

@@ -5,11 +5,12 @@ a token, which the test reduces, or the value itself. The derivative is PyTorch'
 """
 
 import pytest
-from library_cases import CASES, LENGTHS, MASK, B, T, V, fisher, start
+from library_cases import CASES, LENGTHS, MASK, B, K, T, V, fisher, start
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-Categorical, kl_divergence = torch.distributions.Categorical, torch.distributions.kl_divergence
+Categorical, Normal = torch.distributions.Categorical, torch.distributions.Normal
+kl_divergence = torch.distributions.kl_divergence
 
 REAL = torch.tensor(MASK)
 COUNTS = torch.tensor(LENGTHS)
@@ -47,6 +48,11 @@ def js(x, d):
     p, q = Categorical(logits=x), Categorical(logits=d["ref_logits"])
     middle = Categorical(probs=(p.probs + q.probs) / 2)
     return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
+
+
+def gaussian_kl(x, mean, log_var):
+    posterior = Normal(x[..., :K], (x[..., K:] / 2).exp())
+    return kl_divergence(posterior, Normal(mean, (log_var / 2).exp())).sum(-1)
 
 
 def gkd(x, reference, beta):
@@ -212,6 +218,8 @@ PEERS = {
     "Consistency, l1": lambda x, d: F.l1_loss(x, d["ref"], reduction="none"),
     "Consistency, cosine": cosine,
     "Consistency, kl": lambda x, d: kl(x, d["ref_logits"]),
+    "GaussianKL": lambda x, d: gaussian_kl(x, torch.zeros(K).to(x), torch.zeros(K).to(x)),
+    "GaussianKL, prior": lambda x, d: gaussian_kl(x, d["prior_mean"], d["prior_log_var"]),
     "GradientPenalty": gradient_penalty,
     "WeightL1": lambda p, d: sum(norm(a.flatten(), 1) for a in leaves(p)),
     "WeightL2": lambda p, d: sum(norm(a) ** 2 for a in p["head"].values()),

@@ -1,11 +1,14 @@
 """The main job, for a few steps: its files, its ablations, its mistakes."""
 
 import json
+import signal
 import sys
 
 import jax
 import pytest
 from places import EXAMPLES
+
+import jaxreg as jr
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -19,7 +22,7 @@ def train_lm(monkeypatch):
         import train_lm
 
         yield train_lm
-    for name in ("train_lm", "text"):
+    for name in ("train_lm", "text", "terminal"):
         sys.modules.pop(name, None)
 
 
@@ -48,9 +51,54 @@ def test_a_short_run_and_an_ablation(train_lm, tmp_path, capsys):
     assert line["regularizers"]["z_loss"]["weight"] == 0.5
 
 
-def test_a_wrong_name_is_told_before_anything_runs(train_lm, tmp_path, capsys):
-    with pytest.raises(KeyError, match="did you mean 'z_loss'"):
-        train_lm.main(["--steps", "2", "--out", str(tmp_path), "--without", "zloss"])
-    with pytest.raises(SystemExit):
-        train_lm.main(["--weight", "z_loss"])
-    assert "expected NAME=VALUE" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        (["--without", "zloss"], "no term is named 'zloss'; did you mean 'z_loss'"),
+        (["--weight", "zloss=1"], "no term is named 'zloss'; did you mean 'z_loss'"),
+        (["--weight", "z_loss=-1"], "a weight is finite (in float32) and ≥ 0, got -1.0"),
+        (["--weight", "z_loss"], "expected NAME=VALUE"),
+        (["--weight", "z_loss=much"], "expected NAME=VALUE"),
+        (["--steps", "0"], "argument --steps: a whole number from 1"),
+        (["--steps", "many"], "argument --steps: a whole number from 1"),
+        (["--seed", "-1"], "argument --seed: a whole number from 0"),
+        (["--out", __file__], "argument --out: a folder is expected"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(train_lm, capsys, monkeypatch, arguments, want):
+    monkeypatch.setattr(train_lm, "load_text", lambda: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as ended:
+        train_lm.main(arguments)
+    assert ended.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert want in error
+
+
+def test_what_is_missing_is_told_before_anything_runs(train_lm, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_lm, "load_text", lambda: pytest.fail("it runs"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        train_lm.terminal.run(train_lm.main, ["--out", str(tmp_path)])
+    assert ended.value.code == 1
+    assert 'there is no module matplotlib: pip install "jaxreg[examples]"' in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_the_report_of_what_there_is(train_lm, tmp_path, capsys):
+    def press(event):
+        if event.name == "custom_loss.stop" and event.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended, jr.telemetry.attached(press):
+        train_lm.terminal.run(train_lm.main, ["--steps", "500", "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    steps = [line["step"] for line in records(tmp_path / "run.jsonl")]
+    assert steps == list(range(4))  # one is under way while the one before is told
+    assert (tmp_path / "terms.png").stat().st_size > 10_000
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    said = capsys.readouterr()
+    assert "stopped after 4 of 500 steps" in said.out
+    assert "held out after:" in said.out
+    assert "Ctrl-C again" in said.err
+    assert said.out.index("compiling nats ...") < said.out.index("compiling train_step ...")

@@ -1,5 +1,6 @@
 """The recipe as jaxreg composes it is the recipe written by hand."""
 
+import signal
 import sys
 
 import jax
@@ -17,7 +18,8 @@ def recipe(monkeypatch):
     import open_character
 
     yield open_character
-    sys.modules.pop("open_character", None)
+    for name in ("open_character", "terminal"):
+        sys.modules.pop(name, None)
 
 
 def test_the_composite_is_the_recipe(recipe, x64):
@@ -45,3 +47,25 @@ def test_it_trains(recipe, capsys):
     assert metrics["accuracy"] == 1
     assert metrics["margin"] > 0.3
     assert "preference stage" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_what_there_is(recipe, capsys):
+    def press(event):
+        if event.name == "compile":  # of the first stage's first step
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as ended, jr.telemetry.attached(press):
+        recipe.terminal.run(recipe.main, ["--steps", "25"])
+    assert ended.value.code == 130
+    said = capsys.readouterr().out
+    assert "stopped after 1 of 25 steps" in said
+    assert "supervised stage" not in said
+    assert "accuracy" in said.splitlines()[-1]
+
+
+def test_a_wrong_argument_is_one_line(recipe, capsys):
+    for arguments in (["--steps", "0"], ["--seed", "x"]):
+        with pytest.raises(SystemExit) as ended:
+            recipe.main(arguments)
+        assert ended.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

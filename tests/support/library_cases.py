@@ -42,6 +42,9 @@ def data() -> dict[str, np.ndarray]:
         "target_tokens": rng.integers(0, V, (B, T)),
         "unwanted": rng.integers(0, 2, (B, T)).astype(float),
         "weights": rng.uniform(0.2, 2, (B, T)),
+        "posterior": rng.normal(size=(B, T, 2 * K)),  # means, then log-variances
+        "prior_mean": rng.normal(size=(B, T, K)),
+        "prior_log_var": rng.normal(size=(B, T, K)),
     }
 
 
@@ -147,6 +150,20 @@ def cubes(x, batch):
 def gradient_penalty(x, d):
     norms = np.linalg.norm(np.where(MASK, 3 * x**2, 0), axis=1)
     return np.mean((norms[LENGTHS > 0] - 1) ** 2)
+
+
+def halves(x, batch):
+    return x[..., :K], x[..., K:]
+
+
+def gaussian_kl(x, m=0.0, s=1.0):
+    """−H(q) − E_q[log p], by Gauss–Hermite quadrature, which is exact for log p, a square."""
+    mean, scale = x[..., :K], np.exp(x[..., K:] / 2)
+    nodes, weights = np.polynomial.hermite.hermgauss(8)
+    z = mean[..., None] + np.sqrt(2) * scale[..., None] * nodes
+    m, s = (np.broadcast_to(a, mean.shape)[..., None] for a in (m, s))
+    cross = (stats.norm.logpdf(z, m, s) * weights).sum(-1) / np.sqrt(np.pi)
+    return (-stats.norm(scale=scale).entropy() - cross).sum(-1)
 
 
 def leaves(p):
@@ -416,6 +433,16 @@ CASES = {
         lambda r: R.Consistency(reference="ref_logits", metric="kl", reduction=r),
         "logits",
         lambda x, d: kl(x, d["ref_logits"]),
+    ),
+    "GaussianKL": Case(
+        lambda r: jr.of(halves, R.GaussianKL(reduction=r)), "posterior", lambda x, d: gaussian_kl(x)
+    ),
+    "GaussianKL, prior": Case(
+        lambda r: jr.of(
+            halves, R.GaussianKL(prior_mean="prior_mean", prior_log_var="prior_log_var", reduction=r)
+        ),
+        "posterior",
+        lambda x, d: gaussian_kl(x, d["prior_mean"], np.exp(d["prior_log_var"] / 2)),
     ),
     "GradientPenalty": Case(
         lambda: R.GradientPenalty(fn=cubes), "lp", gradient_penalty, reduces=False, key=True

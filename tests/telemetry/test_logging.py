@@ -90,6 +90,7 @@ ERROR = ValueError("no such token")
             event("regularizer.compute.exception", term="kl", error=ERROR, on_error="last"),
             ("WARNING", "step 3: host term 'kl' failed: ValueError: no such token"),
         ),
+        (event("compile.start", None, program="train"), ("INFO", "train: compiling ...")),
         (
             event("compile", None, {"duration": 1.2345}, program="train", changed=["x: [3] -> [4]", "y"]),
             ("INFO", "train: compiled in 1.23 s: x: [3] -> [4]; y"),

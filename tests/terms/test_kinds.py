@@ -16,14 +16,14 @@ KINDS = {
     # Sums or means over tokens: a named reduction, token_mean by default; weights of 0, holes, shards.
     "tokens": "CrossEntropy ImportanceSampling PPO CISPO DRO GSPO ReverseKLTopK KLTopK L1 L2 ElasticNet "
     "Entropy KL ZLoss JS ConfidencePenalty LabelSmoothing Focal LogRatioL2 Unlikelihood"
-    " Consistency Repetition",
+    " Consistency Repetition GaussianKL",
     # Of a datum's tokens that count, as a whole.
     "sequence": "GSPO DPO SimPO Length Consistency GradientPenalty Orthogonality Repetition",
     "pairs": "DPO SimPO",
     # Ratios of probabilities: log-ratios of ±100 are ordinary.
     "ratio": "ImportanceSampling PPO CISPO DRO GSPO KL LogRatioL2 Entropy",
     # On a clip's edge the whole gradient of one side.
-    "clip": "PPO CISPO GSPO L2 Unlikelihood Repetition",
+    "clip": "PPO CISPO GSPO L2 Unlikelihood Repetition GaussianKL",
     # Of sampled tokens, whose gradient is that of an expectation: gradient="score" | "pathwise".
     "estimator": "Entropy KL LogRatioL2",
     "top_k": "ReverseKLTopK KLTopK",
@@ -33,7 +33,7 @@ KINDS = {
     "targets": "CrossEntropy ImportanceSampling PPO CISPO DRO GSPO DPO SimPO KL LogRatioL2 Focal "
     "Unlikelihood Repetition",
     # Scales from 1e-18 to 1e18.
-    "scale": "Consistency Orthogonality GradientPenalty WeightL1 WeightL2 GroupLasso NuclearNorm "
+    "scale": "Consistency Orthogonality GradientPenalty GaussianKL WeightL1 WeightL2 GroupLasso NuclearNorm "
     "SpectralNorm L2SP EWC WeightOrthogonality",
     "parameters": "WeightL1 WeightL2 GroupLasso NuclearNorm SpectralNorm L2SP EWC WeightOrthogonality",
     # Matrices, perhaps stacked by layers.

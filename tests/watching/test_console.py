@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -17,6 +19,7 @@ import jaxreg as jr
 from jaxreg import __main__
 from jaxreg.base import events as _events
 from jaxreg.watching import console as live
+from jaxreg.watching import screen
 from jaxreg.watching.board import Board, buckets
 from jaxreg.watching.console import LiveTable, watch
 from jaxreg.watching.records import parse
@@ -216,6 +219,148 @@ def test_events_become_rows_and_notes():
     assert "1 step not finite" in text
 
 
+def begins(program="train_step"):
+    jr.telemetry.emit("compile.start", metadata={"program": program, "changed": [], "terms": ()})
+
+
+def ends(program="train_step"):
+    jr.telemetry.emit("compile", measurements={"duration": 2.0}, metadata={"program": program})
+
+
+def test_a_stream_is_told_once_that_a_program_compiles():
+    console, out = stream_console(), step_of()
+    with LiveTable(steps=2, console=console):
+        begins()
+        assert console.file.getvalue() == "compiling train_step ...\n"  # before anything else
+        ends()
+        begins()  # once more, for another shape
+        ends()
+        begins("evaluate[bold]")
+        jr.telemetry.log(out, step=0)
+    text = console.file.getvalue()
+    assert text.count("compiling train_step ...") == 1
+    assert "compiling evaluate[bold] ..." in text
+    assert "2 compiles" in text  # not of those that began
+
+
+def test_a_terminal_shows_for_how_long_a_program_has_compiled():
+    table = LiveTable(console=terminal())
+    with table:
+        begins()
+        assert table._view()["aside"] == "compiling train_step ..."
+        program, began = table._board.compiling
+        table._board.compiling = program, began - 12
+        assert table._view()["aside"] == "compiling train_step ... 12 s"
+        text = drawn(**table._view())
+        assert text.split() == ["compiling", "train_step", "...", "12", "s"]
+        ends()
+        assert table._view()["aside"] == ""
+        begins()
+        jr.telemetry.log(step_of(), step=0)  # of a program that failed to compile nothing more is heard
+        assert table._view()["aside"] == ""
+
+
+def test_the_loop_does_not_wait_while_the_table_is_drawn():
+    table, out = LiveTable(console=terminal()), step_of()
+    with table:
+        with table._lock:  # as while it is drawn
+            for i in range(3):
+                jr.telemetry.log(out, step=i)
+            assert table._board.count == 0
+        jr.telemetry.log(out, step=3)
+        assert table._board.count == 4
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook is told to show and to update, in order: (output's number, its content)."""
+    calls = []
+
+    class Handle:
+        def __init__(self, number):
+            self.number = number
+
+        def update(self, output):
+            calls.append((self.number, output._repr_mimebundle_()))
+
+    def display(output, *, display_id):
+        assert display_id is True
+        handle = Handle(len({number for number, _ in calls}))
+        handle.update(output)
+        return handle
+
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    return calls
+
+
+def notebook():
+    return Console(force_jupyter=True, file=io.StringIO(), width=90)
+
+
+def test_a_notebook_has_one_table_that_is_updated(shown, monkeypatch):
+    console, now = notebook(), [0.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    with LiveTable(steps=40, console=console, refresh=4):
+        begins()
+        for i in range(40):
+            jr.telemetry.log(step_of(kl=0.5), step=i)
+            now[0] += 0.1
+    assert {number for number, _ in shown} == {0}
+    assert len(shown) == 15  # the first, one in three steps (0.25 s), the last
+    first, last = shown[0][1], shown[-1][1]
+    assert first["text/plain"].strip() == "compiling train_step ..."
+    assert "step 39 " in last["text/plain"]
+    assert "step 39 " in re.sub(r"<[^>]*>", "", last["text/html"])
+    assert last["text/html"].startswith("<pre ")
+    assert console.file.getvalue() == ""
+
+
+def test_another_cell_gets_a_table_of_its_own_and_a_cell_without_a_step_none(shown):
+    table = LiveTable(console=notebook())
+    for i in range(2):
+        with table:
+            jr.telemetry.log(step_of(), step=i)
+    assert {number for number, _ in shown} == {0, 1}
+    count = len(shown)
+    with LiveTable(console=notebook()):
+        pass
+    assert len(shown) == count
+
+
+def test_in_a_notebook_drawing_takes_little_of_the_loops_time(shown, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    draw = screen._Notebook._draw
+
+    def slow(self):
+        draw(self)
+        now[0] += 1.0  # seconds
+
+    monkeypatch.setattr(screen._Notebook, "_draw", slow)
+    with LiveTable(console=notebook()):
+        for i in range(100):
+            jr.telemetry.log(step_of(), step=i)
+            now[0] += 0.5
+    assert len(shown) == 4  # at 0, 21 and 42 s, and the end
+
+
+def test_what_a_notebook_shows_is_no_markup(shown):
+    with LiveTable(console=notebook()):
+        jr.telemetry.log(step_of(**{"<b>&[red]": 0.5}), step=0)
+    html = shown[-1][1]["text/html"]
+    assert "&lt;b&gt;&amp;[red]" in html
+    assert "<b>" not in html
+
+
+def test_watch_in_a_notebook_updates_one_table(shown, tmp_path, monkeypatch):
+    path = write(tmp_path / "run.jsonl", line(3, term("kl")))
+    naps(monkeypatch, lambda: write(path, line(3, term("kl")), line(4, term("kl"))))
+    watch(path, interval=0.01, console=notebook())
+    assert {number for number, _ in shown} == {0}
+    assert "step 4" in shown[-1][1]["text/plain"]
+
+
 def test_many_threads_log_while_it_draws():
     console = terminal()
     out = step_of(kl=0.5, l2=0.1)
@@ -275,6 +420,22 @@ def naps(monkeypatch, *between):
     monkeypatch.setattr(live.time, "sleep", sleep)
 
 
+def test_watch_says_what_it_waits_for(tmp_path):
+    for name, text, want in (
+        ("none.jsonl", None, "waiting for the file {}"),
+        ("no/such/run.jsonl", None, "waiting for the file {} (there is no folder {parent} yet)"),
+        ("empty.jsonl", "", "waiting for the first step in {}"),
+        ("prose.txt", "a\nb\n", "waiting for the first step in {}: so far none of its 2 lines is one"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        console, path = stream_console(width=400), tmp_path / name
+        watching = live._Watching(path, console, refresh=1)
+        watching.look()
+        watching.look()  # says it once
+        assert console.file.getvalue().strip() == want.format(path, parent=path.parent)
+
+
 @pytest.mark.parametrize("console", [terminal, stream_console])
 def test_watch_waits_for_the_file_follows_it_and_ends_with_ctrl_c(tmp_path, monkeypatch, console):
     path, console = tmp_path / "run.jsonl", console()
@@ -301,10 +462,10 @@ def test_watch_waits_for_the_file_follows_it_and_ends_with_ctrl_c(tmp_path, monk
 
 def test_watch_says_that_nothing_comes(tmp_path, monkeypatch):
     path, console = write(tmp_path / "run.jsonl", line(3)), terminal()
-    watching = live._Watching(path, live._Screen(console, threading.Lock(), 1))
+    watching = live._Watching(path, console, refresh=1)
     watching.look()
     later = time.monotonic() + 60
     monkeypatch.setattr(live.time, "monotonic", lambda: later)
     with watching:
         watching.look()
-        assert "nothing new for 60 s" in watching._screen._view["aside"]
+        assert "nothing new for 60 s" in watching._view()["aside"]

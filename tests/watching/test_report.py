@@ -16,10 +16,10 @@ from run_cases import decay, line, note, term, write
 
 from jaxreg import __main__
 from jaxreg.watching.curves import BUCKETS, thin
-from jaxreg.watching.plots import Drawing, plot
+from jaxreg.watching.plots import plot
 from jaxreg.watching.report import report, told_apart
 from jaxreg.watching.run import read_run
-from jaxreg.watching.style import DARK, DASHES, LIGHT, Style
+from jaxreg.watching.style import DARK, DASHES, LIGHT, REST, TOTAL, Style
 from jaxreg.watching.summary import summary
 from jaxreg.watching.words import escaped
 
@@ -44,7 +44,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.source = path.read_text(encoding="utf-8")
-        self.tags, self.texts, self._open = [], [], []
+        self.tags, self.texts, self.scripts, self._open = [], [], [], []
         self.feed(self.source)
         self.close()
         assert self._open == []
@@ -61,7 +61,10 @@ class Page(html.parser.HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] != ["style"]:
+            self.texts.append(data)
 
     def of(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -86,8 +89,8 @@ def test_a_page_stands_alone_and_can_be_read_by_everyone(tmp_path):
     page = page_of(tmp_path, path)
     assert "http://" not in page.source
     assert "https://" not in page.source
-    assert not page.of("script")
     assert not page.of("link")
+    assert all("src" not in script for script in page.of("script"))
     assert "url(" not in page.source
     assert page.source.startswith("<!doctype html>")
     assert page.of("html")[0]["lang"] == "en"
@@ -101,14 +104,16 @@ def test_a_page_stands_alone_and_can_be_read_by_everyone(tmp_path):
         picture.load()
         assert picture.width > 800
     pngs = {p.stem for p in (tmp_path / "out").glob("*.png")}
-    assert pngs == {"contributions", "gradient-share", "gradient-norms", "weights", "timings"}
+    assert pngs == {"loss", "contributions", "gradient-share", "gradient-norms", "weights", "values",
+                    "gradient-norms-unweighted", "timings"}  # fmt: skip
     assert len(page.pictures) == 2 * len(pngs)  # by day and by night
 
 
 def test_what_is_not_there_is_left_out(tmp_path):
     path = write(tmp_path / "run.jsonl", line(0, term("kl", norm=None), norm=None))
     page = page_of(tmp_path, path)
-    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {"contributions", "weights"}
+    pngs = {p.stem for p in (tmp_path / "out").glob("*.png")}
+    assert pngs == {"loss", "contributions", "weights", "values"}
     assert "Warnings" not in page.text
     assert "Compiled" not in page.text
     assert pyplot.get_fignums() == []  # nothing goes through the global state
@@ -123,8 +128,8 @@ def test_whatever_a_file_says_is_shown_and_never_run(tmp_path, runs):
     notes += [note(1, "compile", program=n, changed=[n]) for n in NASTY]
     names = ["<b>run&.jsonl", "plain.jsonl"][:runs]
     page = page_of(tmp_path, *(write(tmp_path / n, *steps, *notes) for n in names))
+    assert len(page.of("script")) == len(page.scripts) == 3  # the page's own
     assert not {tag for tag, _ in page.tags} & {
-        "script",
         "iframe",
         "link",
         "a",
@@ -169,7 +174,7 @@ def test_the_numbers_of_the_summary(tmp_path):
     assert (base.share, base.nonfinite) == (0.25, 0)
     assert (total.last, total.nonfinite) == (40, 1)
     page = page_of(tmp_path, tmp_path / "run.jsonl")
-    assert "kl 38 37 0 38 2 75.0 % 1" in page.text
+    assert "kl 38 37 0 38 2 19 1.5 3 75.0 % 1" in page.text
     assert "steps not finite 1" in page.text
 
 
@@ -187,46 +192,57 @@ def test_two_runs_are_compared(tmp_path):
     assert "Summary: a" in page.text
 
 
-def test_runs_side_by_side_have_the_same_axes(tmp_path, monkeypatch):
-    runs = [read_run(write(tmp_path / f"{n}.jsonl", *decay(n, ["kl"], seed=n))) for n in (20, 50)]
-    figures = []
-    finished = Drawing._finished
-    monkeypatch.setattr(Drawing, "_finished", lambda self, f: figures.append(f) or finished(self, f))
-    drawing = Drawing(runs)
-    for draw in (drawing.contributions, drawing.norms, drawing.shares, drawing.weights):
-        draw()
-    assert len(figures) == 4
-    for figure in figures:
-        left, right = figure.axes
-        assert left.get_xlim() == right.get_xlim()
-        assert left.get_ylim() == right.get_ylim()
-        assert left.get_yscale() == right.get_yscale()
-        assert left.get_xlim()[1] >= 49
+def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path):
+    """A run that falls by 1 a step: at its own end the longer one would win without being better."""
+    a = write(tmp_path / "a.jsonl", *(line(i, base=200.0 - i) for i in range(100)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=200.0 - i) for i in range(50)))
+    page = page_of(tmp_path, a, b)
+    assert "over the steps 45 to 49, the last tenth of those that both have" in page.text
+    assert "a goes on to step 99, which is left out here" in page.text
+    assert "base loss 153 153 0 0 %" in page.text
+    assert "goes on" not in page_of(tmp_path, a, a).text
 
 
-def test_shares_are_stacked_to_the_whole(tmp_path, monkeypatch):
-    run = read_run(write(tmp_path / "run.jsonl", *decay(30, [f"t{i}" for i in range(16)])))
-    figures = []
-    finished = Drawing._finished
-    monkeypatch.setattr(Drawing, "_finished", lambda self, f: figures.append(f) or finished(self, f))
-    Drawing([run]).shares()
-    (axes,) = figures[0].axes
-    tops = [c.get_paths()[0].vertices[:, 1].max() for c in axes.collections]
-    assert tops == sorted(tops)
-    assert tops[-1] == pytest.approx(100)
-    assert len(tops) == 12  # the base loss, ten terms, the others
-    np.testing.assert_allclose(sum(run.share(n) for n in ("base_loss", *run.terms)), 1)
+def test_runs_without_a_step_in_common_are_taken_at_their_own_ends(tmp_path):
+    a = write(tmp_path / "a.jsonl", *(line(i, base=2.0) for i in range(10)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=3.0) for i in range(50, 60)))
+    page = page_of(tmp_path, a, b)
+    assert "The runs have no step in common: each is taken at its own end" in page.text
+    assert "base loss 2 3 +1 +50.0 %" in page.text
+
+
+def test_a_run_that_logs_rarely_is_taken_at_its_last_step_before_the_end(tmp_path):
+    a = write(tmp_path / "a.jsonl", *(line(i, base=float(i)) for i in (0, 30, 100)))
+    b = write(tmp_path / "b.jsonl", *(line(i, base=float(i)) for i in range(60)))
+    assert "base loss 30 56.5" in page_of(tmp_path, a, b).text
+
+
+def test_what_is_a_mean_says_so_and_the_title_names_the_folder(tmp_path):
+    (tmp_path / "kl 0.1").mkdir()
+    path = write(tmp_path / "kl 0.1" / "run.jsonl", *(line(i, base=float(i)) for i in range(50)))
+    page = page_of(tmp_path, path)
+    assert (
+        "loss, last 49 loss, mean of last 5 47 base loss, last 49 base loss, mean of last 5 47" in page.text
+    )
+    assert "term last mean of last 5 min max weight value ‖gradient‖ weight · ‖gradient‖" in page.text
+    assert "<h1>kl 0.1/run</h1>" in page.source
+    assert "<title>kl 0.1/run · jaxreg</title>" in page.source
+    short = page_of(tmp_path / "b", write(tmp_path / "one.jsonl", line(0))).text
+    assert "mean of" not in short.partition("Point at")[0]
 
 
 def test_every_term_has_a_look_of_its_own():
     for theme in (LIGHT, DARK):
-        assert len({(s.color, s.dash) for s in (Style.of(i, theme) for i in range(-1, 28))}) == 29
-        for color in (theme.ink, theme.base, *theme.terms, *theme.marks.values()):
+        assert (
+            len({(s.color, s.dash) for s in (Style.of(i, theme) for i in (REST, TOTAL, *range(-1, 63)))})
+            == 66
+        )
+        for color in (theme.ink, theme.base, theme.total, *theme.terms, *theme.marks.values()):
             least = (
                 4.5 if color == theme.ink else 2.7
             )  # lines are 1.5 points wide, and stand in the tables, too
             assert contrast(color, theme.paper) > least
-    assert len(DASHES) * len(LIGHT.terms) >= 28
+    assert len(DASHES) * len(LIGHT.terms) >= 63
 
 
 def contrast(one, other):
@@ -293,20 +309,6 @@ def test_no_number_is_too_large_or_too_small_for_a_report(tmp_path_factory, rows
         )
     Page(report(write(folder / "run.jsonl", *lines), out=folder))
     assert plot(folder / "run.jsonl", folder / "terms.png").stat().st_size > 1000
-
-
-def test_marks_stand_where_something_happened(tmp_path):
-    steps = [line(i, term("kl", value=None if i == 5 else 1.0)) for i in range(10)]
-    events = [note(3, message="w"), note(7, "regularizer.compute.exception", term="kl", error="E"), note(99)]
-    plain = read_run(write(tmp_path / "a.jsonl", *(line(i, term("kl")) for i in range(10))))
-    marked = Drawing([read_run(write(tmp_path / "b.jsonl", *steps, *events))])
-    axes = marked._panels()[1][0]
-    marked._marks(axes, marked.runs[0])
-    assert sorted(m.get_xdata()[0] for m in axes.lines) == [3, 5, 7]
-    assert set(marked._handles) == {"\0exception", "\0warning", "\0not finite"}
-    quiet = Drawing([plain])
-    quiet._marks(quiet._panels()[1][0], plain)
-    assert quiet._handles == {}
 
 
 def test_names_tell_runs_apart(tmp_path):
