@@ -20,7 +20,8 @@ def lean(error: BaseException, folder: str) -> None:
       ...     error.__traceback__.tb_next is None
       True
     """
-    if jax.config.jax_traceback_filtering in ("off", "tracebackhide"):
+    # A setting that not every release of JAX declares as an attribute.
+    if getattr(jax.config, "jax_traceback_filtering", None) in ("off", "tracebackhide"):
         return
     frames, trace = [], error.__traceback__
     while trace is not None:

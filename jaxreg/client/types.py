@@ -41,6 +41,11 @@ class AdamParams:
     Args:
       learning_rate, beta1, beta2, eps, weight_decay: as in ``optax.adamw``.
       grad_clip_norm: the gradient's norm is clipped to it; 0 for no clipping.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> jr.client.AdamParams(learning_rate=3e-4, grad_clip_norm=1.0).beta2
+      0.95
     """
 
     learning_rate: float = 1e-4

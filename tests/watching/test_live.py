@@ -102,6 +102,7 @@ def test_no_name_ends_the_script_that_holds_it(tmp_path, name):
 
 
 def test_only_the_pages_own_scripts_may_run_and_nothing_is_fetched(tmp_path):
+    pytest.importorskip("matplotlib")
     page = jr.telemetry.report(write(tmp_path / "run.jsonl", *decay(9, ["kl"])), out=tmp_path).read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
