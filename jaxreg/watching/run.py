@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import difflib
 import itertools
 import math
 import os
@@ -15,6 +14,7 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
+from jaxreg.base.names import did_you_mean
 from jaxreg.core.spec import BASE
 from jaxreg.watching.records import NAN, Item, Lines, Note, Record, parse
 
@@ -114,9 +114,8 @@ class Run:
           KeyError: no line of the run has it.
         """
         if name not in self._columns:
-            near = difflib.get_close_matches(name, self._columns, 1, 0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise KeyError(f"{self.name} has no series {name!r}{hint} (see run.names)")
+            hint = did_you_mean(name, self._columns)
+            raise KeyError(f"{self.name} has no series {name!r}; {hint}see run.names")
         values = np.full(len(self._steps), NAN)
         column = self._columns[name]
         values[: len(column)] = column
