@@ -27,12 +27,16 @@ class BaseLossOutput:
       grad_norm: L2 norm of d(value)/d(x), or None where norms are not tracked.
       custom: its own metrics.
       grad_norm_per_datum: [B], with ``GradNorms(per_datum=True)``.
+      grad_abs_max: the largest magnitude in d(value)/d(x), with ``GradNorms(absolutes=True)``.
+      grad_abs_mean: the mean magnitude in d(value)/d(x), with ``GradNorms(absolutes=True)``.
     """
 
     value: Array
     grad_norm: Array | None = None
     custom: dict[str, Array] = flax.struct.field(default_factory=dict)
     grad_norm_per_datum: Array | None = None
+    grad_abs_max: Array | None = None
+    grad_abs_mean: Array | None = None
 
     __repr__ = never_fails(term_text)
 
@@ -50,6 +54,8 @@ class RegularizerOutput:
       grad_norm_weighted: ``weight · grad_norm``.
       custom: its own metrics.
       grad_norm_per_datum: [B], unweighted, with ``GradNorms(per_datum=True)``.
+      grad_abs_max: the largest magnitude in d(value)/d(x), unweighted, with ``GradNorms(absolutes=True)``.
+      grad_abs_mean: the mean magnitude in d(value)/d(x), unweighted, with ``GradNorms(absolutes=True)``.
     """
 
     name: str = flax.struct.field(pytree_node=False)
@@ -60,6 +66,8 @@ class RegularizerOutput:
     grad_norm_weighted: Array | None = None
     custom: dict[str, Array] = flax.struct.field(default_factory=dict)
     grad_norm_per_datum: Array | None = None
+    grad_abs_max: Array | None = None
+    grad_abs_mean: Array | None = None
 
     __repr__ = never_fails(term_text)
 
@@ -77,6 +85,12 @@ class CustomLossOutput:
       total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
       state: the state for the next step (empty where nothing needs one).
       aux: what ``forward`` returned beside its outputs, with ``compose(..., has_aux=True)``, or None.
+      gramian: [K, K], the inner products of the terms' weighted gradients in the tracked space, the base loss
+        first, with ``GradNorms(gramian=True)`` or an aggregator, or None.
+      norms_age: int32, how many steps ago the norms were measured, with ``GradNorms(every=n)``; None where
+        every step's are its own.
+      aggregation: the aggregator's own numbers: the coefficient it gave each term, the residual of its
+        program; None without one.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -104,6 +118,9 @@ class CustomLossOutput:
     total_grad_norm: Array | None = None
     state: PyTree = flax.struct.field(default_factory=dict)
     aux: PyTree = None
+    gramian: Array | None = None
+    norms_age: Array | None = None
+    aggregation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python for JSON: floats, None where there is no number, names in order.
