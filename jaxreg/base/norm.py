@@ -24,12 +24,27 @@ def l2_norm(leaves: Sequence[Array], *, keep_leading: bool = False) -> Array:
     It reads every leaf once, in float32 (float64 if one is float64), and is real for complex leaves. Its
     derivative is ``g / ‖g‖``, and 0 at 0. A leaf with NaN or ∞ in it makes it NaN or ∞.
     """
-    return _norm(keep_leading, _parts(leaves))
+    return _norm(keep_leading, real_parts(leaves))
 
 
 def sum_of_squares(leaves: Sequence[Array]) -> Array:
     """``Σ|g|²`` over all leaves, to which squares too small for float32 add up, too; derivative ``2·g``."""
-    return _square(_parts(leaves))
+    return _square(real_parts(leaves))
+
+
+def absolutes(leaves: Sequence[Array], *, keep_leading: bool = False) -> tuple[Array, Array]:
+    """``max|g|`` and ``mean|g|`` over all leaves: scalars, or [N] where the leaves are [N, ...]."""
+    dtype = jnp.finfo(accumulation_dtype(jnp.result_type(*leaves))).dtype
+    largest, total, count = jnp.zeros((), dtype), jnp.zeros((), dtype), 0
+    for leaf in leaves:
+        size = jnp.abs(leaf).astype(dtype)
+        size = size.reshape(*leaf.shape[: int(keep_leading)], -1)
+        largest = jnp.maximum(largest, jnp.max(size, axis=-1, initial=0))
+        # Divided first, so that a sum of large numbers does not overflow.
+        here = size.shape[-1]
+        total = total * (count / max(count + here, 1)) + jnp.sum(size / max(count + here, 1), axis=-1)
+        count += here
+    return largest, total
 
 
 @jax.custom_jvp
@@ -107,7 +122,7 @@ def _sum(values: Array, keep_leading: bool) -> Array:
     return jnp.sum(values, axis=tuple(range(int(keep_leading), values.ndim)))
 
 
-def _parts(leaves: Sequence[Array]) -> tuple[Array, ...]:
+def real_parts(leaves: Sequence[Array]) -> tuple[Array, ...]:
     """The leaves as real arrays of one accumulation dtype, complex ones as two."""
     wide = jnp.finfo(accumulation_dtype(jnp.result_type(*leaves))).dtype
     split = [(jnp.real(a), jnp.imag(a)) if jnp.iscomplexobj(a) else (jnp.asarray(a),) for a in leaves]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.base.paths import leaf_paths
-from jaxreg.base.shown import described
+from jaxreg.base.shown import called, described
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.core.gradients import BoundTerm
+from jaxreg.core.aggregate import combine_space, has_state, solve
+from jaxreg.core.measured import held
 from jaxreg.core.notes import add_place
+from jaxreg.core.passes import Ask, BoundTerm, Combine, Combined
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import call_term, has_default, requested_arguments
-from jaxreg.core.state import own_state
+from jaxreg.core.state import REMEDY, own_state
 from jaxreg.core.weights import weights_at
 
 
@@ -34,6 +36,29 @@ def bind_terms(
         on_params = place == "params" and plan.model is not None
         terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, on_params, who(name)))
     return terms
+
+
+def bind_ask(plan: Plan, leaves: Leaves, state: PyTree, key: Array | None) -> Ask:
+    """What the pass is to find besides the gradient: norms, and what an aggregator makes of a Gramian."""
+    aggregator = plan.combiner(leaves)
+    now = held(plan, aggregator, state)
+    if aggregator is None:
+        return Ask(plan.norms, plan.space, None, now)
+    own = None
+    if has_state(aggregator):
+        if not isinstance(state, Mapping) or "state" not in state.get("aggregator", {}):
+            raise ValueError(
+                f"aggregator {called(aggregator)}: it carries a state: {REMEDY}"
+            )
+        own = state["aggregator"]["state"]
+    if key is not None:
+        check_key(key, "the aggregator")
+        key = jax.random.fold_in(key, zlib.crc32(b"/aggregator") & 0x7FFFFFFF)  # a name that no term may have
+
+    def combine(gramian: Array) -> Combined:
+        return solve(aggregator, gramian, key, own)
+
+    return Ask(plan.norms, plan.space, Combine(combine_space(aggregator), combine), now)
 
 
 def bind_forward(

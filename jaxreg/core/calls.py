@@ -65,6 +65,7 @@ def signature_of(plan: Plan, arguments: Any) -> Signature:
         if schedule is not None
     }
     functions |= {"forward": hash(plan.model), "track_grad_norms": hash(plan.norms)}
+    functions |= {"weighting": hash((plan.weighting, plan.ruled)), "aggregator": hash(plan.aggregator)}
     named = dict(zip(("objective", "x", "batch", "state", "key"), arguments, strict=False))
     leaves = {
         "".join((key.key, jax.tree_util.keystr(tuple(path)))): described(leaf)

@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxreg.base.types import Place, PyTree, TermFn
+from jaxreg.core.aggregate import as_numbers, check_aggregator
 from jaxreg.core.norms import GradNorms, as_grad_norms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.plan import Leaves, shared, who
+from jaxreg.core.rules import bound_rule
 from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, own_place, split_arrays
 from jaxreg.core.weights import check_schedule, weight_leaf
 
@@ -27,6 +29,8 @@ def compose(
     forward: Callable[..., PyTree] | None = None,
     has_aux: bool = False,
     track_grad_norms: bool | GradNorms = False,
+    weighting: Any = None,
+    aggregator: Any = None,
 ) -> CompositeLoss:
     """Compose one base loss and any number of weighted terms into one objective.
 
@@ -47,6 +51,14 @@ def compose(
         statistics, counters, caches; leaves of any dtype) comes back in ``out.aux``, without a gradient.
       track_grad_norms: True for the L2 norm of every term's gradient with respect to the argument
         that is differentiated, or a `GradNorms` that says more.
+      weighting: a rule of `jaxreg.weighting` (several with ``chain``), which moves the weights of the terms
+        that it names from step to step, beginning with the weights given here. Carry
+        ``state=objective.init()``, then ``state=out.state``.
+      aggregator: what replaces the plain sum of the weighted gradients: an aggregator of
+        `jaxreg.aggregation`, or a function from their Gramian [K, K], the base loss first, to coefficients [K].
+        By default it combines the outputs' gradients, and terms on params are added as they are; with
+        ``wrt="params"`` those of all terms at the params. ``loss_total`` stays the plain sum, whose gradient
+        this is not, so `jax.grad` of the objective raises: use ``objective.value_and_grad``.
 
     Returns:
       A `CompositeLoss`: a pure function and a pytree, compiled when it is called eagerly.
@@ -85,6 +97,15 @@ def compose(
     norms = as_grad_norms(track_grad_norms)
     if norms is not None:
         norms.check_fits(forward)
+    rule, ruled, moved = None, (), ()
+    if weighting is not None:
+        bound = bound_rule(weighting, specs, norms)
+        ruled = tuple(spec.name for spec in specs if spec.name in bound.names)
+        rule, moved = split_arrays(as_numbers(bound), "weighting")
+    combiner, numbers = None, ()
+    if aggregator is not None:
+        check_aggregator(aggregator, norms, forward)
+        combiner, numbers = split_arrays(as_numbers(aggregator), "aggregator")
 
     parts, arrays = [], []
     names = [BASE, *(spec.name for spec in specs)]
@@ -97,11 +118,15 @@ def compose(
     schedules = (None, *(s.weight if callable(s.weight) else None for s in specs))
     leaves = Leaves(
         constants={s.name: weight_leaf(0.0 if callable(s.weight) else s.weight) for s in specs},
-        held={s.name: jnp.asarray(False) for s in specs if callable(s.weight)},
+        held={s.name: jnp.asarray(False) for s in specs if callable(s.weight) or s.name in ruled},
         terms=tuple(arrays),
         model=model_arrays,
+        weighting=moved,
+        aggregator=numbers,
     )
-    plan = shared(tuple(names), tuple(parts), places, schedules, model, norms, has_aux)
+    plan = shared(
+        tuple(names), tuple(parts), places, schedules, model, norms, has_aux, rule, ruled, combiner
+    )
     return CompositeLoss(leaves, plan)
 
 

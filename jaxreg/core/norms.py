@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from jaxreg.base.paths import PathFilter
+from jaxreg.base.types import Place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,16 @@ class GradNorms:
       params: only the parameters whose path matches count: a shell pattern (``"*/kernel"``), a
         leading part of the path (``"head"``), a sequence of them, or a function of the path. The rest
         of the pullback is then never computed for the single terms. Hashable.
+      gramian: also report ``out.gramian``, the inner products of the terms' weighted gradients in the same
+        space, from which ``out.cosines()`` and ``out.conflicts()`` are read. No further pass.
+      absolutes: also report the largest and the mean magnitude of every term's gradient
+        (``grad_abs_max``, ``grad_abs_mean``), which `jaxreg.weighting.lr_annealing` reads.
+      every: measure at every n-th step only, by a conditional inside the one program. In between the output
+        carries the last numbers, ``out.norms_age`` says how many steps old they are, and rules that need them
+        wait. Carry ``state=objective.init()``, then ``state=out.state``.
+      chunk_size: pull back so many terms at a time through the model, not all at once: for a model whose
+        gradients of all terms do not fit into memory. 1 also is for a ``forward`` whose backward cannot be
+        vmapped. With a Gramian all terms' gradients are held, whatever the chunk.
 
     A finite gradient has a finite norm, right in all its digits, wherever float32 can hold it (entries below
     1.2e-38 may count as 0); of complex numbers, the norm is of their magnitudes.
@@ -31,12 +42,16 @@ class GradNorms:
     Example:
       >>> import jaxreg as jr
       >>> jr.GradNorms(wrt="params", params="head")
-      GradNorms(wrt='params', per_datum=False, params='head')
+      GradNorms(wrt='params', params='head')
     """
 
     wrt: Literal["outputs", "params"] | None = None
     per_datum: bool = False
     params: PathFilter | None = None
+    gramian: bool = False
+    absolutes: bool = False
+    every: int = 1
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.wrt not in (None, "outputs", "params"):
@@ -50,9 +65,37 @@ class GradNorms:
                 "GradNorms: per_datum norms are of the outputs' gradient, since a parameter belongs "
                 "to no datum; use wrt='outputs'"
             )
+        _check_count(self.every, "every", "the number of steps from one measurement to the next")
+        if self.chunk_size is not None:
+            _check_count(self.chunk_size, "chunk_size", "the number of terms that are pulled back at once")
+            if self.wrt == "outputs":
+                raise ValueError(
+                    "GradNorms: chunk_size parts the pullback through the model, which norms of the outputs' "
+                    "gradient do not need; use wrt='params'"
+                )
+        if self.per_datum and self.every > 1:
+            raise ValueError(
+                "GradNorms: norms a datum belong to the step's own batch and are not carried over to the next; "
+                "leave every= or per_datum= out"
+            )
+
+    def __repr__(self) -> str:
+        default = type(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        said = [f"{name}={value!r}" for name, value in fields.items() if value != getattr(default, name)]
+        return f"{default.__name__}({', '.join(said)})"
+
+    def space(self, forward: object) -> Place:
+        """Which gradients the norms are of, in an objective with this forward (or None)."""
+        return "outputs" if forward is None or self.wrt == "outputs" else "params"
 
     def check_fits(self, forward: object) -> None:
         """Refuse norms that an objective with this forward (or None) does not have."""
+        if forward is None and self.chunk_size is not None:
+            raise ValueError(
+                "GradNorms: chunk_size parts the pullback through the model, and there is none: give compose "
+                "forward=apply_fn, or leave chunk_size= out"
+            )
         if forward is None and (self.wrt == "params" or self.params is not None):
             raise ValueError(
                 "GradNorms of params needs to know the model: give compose forward=apply_fn; without "
@@ -72,3 +115,10 @@ def as_grad_norms(track: bool | GradNorms) -> GradNorms | None:
     if not isinstance(track, bool):
         raise TypeError(f"track_grad_norms is a bool or a GradNorms, got {type(track).__name__}")
     return GradNorms() if track else None
+
+
+def _check_count(count: object, name: str, meaning: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"GradNorms: {name} is {meaning}, a whole number; got {count!r}")
+    if count < 1:
+        raise ValueError(f"GradNorms: {name} is {meaning}, at least 1; got {count}")

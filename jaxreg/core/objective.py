@@ -17,6 +17,7 @@ from jaxreg.base.names import did_you_mean
 from jaxreg.base.shown import called, never_fails
 from jaxreg.base.types import Array, ArrayLike, PyTree
 from jaxreg.core import step
+from jaxreg.core.aggregate import refuse_nonfinite
 from jaxreg.core.calls import calling
 from jaxreg.core.explain import explain, refuse_deleted
 from jaxreg.core.output import CustomLossOutput
@@ -91,7 +92,10 @@ class CompositeLoss:
         Returns:
           ``((loss_total, CustomLossOutput), gradient with the structure of x)``.
         """
-        return self._run(step.value_and_grad, x, batch, none_if_empty(state), key)
+        done = self._run(step.value_and_grad, x, batch, none_if_empty(state), key)
+        if self.plan.aggregator is not None and not isinstance(done[0][0], jax.core.Tracer):
+            refuse_nonfinite(self.plan.combiner(self.leaves), done[0][1])
+        return done  # type: ignore[no-any-return]
 
     def eval_shape(
         self, x: PyTree, batch: PyTree = None, *, state: PyTree = None, key: Array | None = None

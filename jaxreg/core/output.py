@@ -14,6 +14,8 @@ import numpy as np
 from jaxreg.base import html
 from jaxreg.base.shown import columns, never_fails
 from jaxreg.base.types import Array, PyTree
+from jaxreg.core.conflicts import Conflict, conflicts_of
+from jaxreg.core.gramian import cosines
 from jaxreg.core.shown import output_rows, output_title, term_text, text_columns
 from jaxreg.core.spec import BASE, RESERVED_METRICS, TOTAL
 
@@ -73,6 +75,20 @@ class RegularizerOutput:
 
 
 @flax.struct.dataclass
+class AggregationOutput:
+    """What the aggregator of an objective did.
+
+    Attributes:
+      coefficients: name -> what the term's weighted gradient was multiplied by, of the terms that are combined,
+        the base loss (``"base_loss"``) first.
+      metrics: the aggregator's own numbers, such as the residual of its program (``"kkt_residual"``).
+    """
+
+    coefficients: dict[str, Array]
+    metrics: dict[str, Array] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
 class CustomLossOutput:
     """What the objective did: a pytree of arrays, so it passes through jit, vmap and scan.
 
@@ -89,8 +105,8 @@ class CustomLossOutput:
         first, with ``GradNorms(gramian=True)`` or an aggregator, or None.
       norms_age: int32, how many steps ago the norms were measured, with ``GradNorms(every=n)``; None where
         every step's are its own.
-      aggregation: the aggregator's own numbers: the coefficient it gave each term, the residual of its
-        program; None without one.
+      aggregation: an `AggregationOutput`, what the aggregator did; None without one.
+      gramian_terms: the terms that the rows of ``gramian`` belong to (static).
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -120,7 +136,46 @@ class CustomLossOutput:
     aux: PyTree = None
     gramian: Array | None = None
     norms_age: Array | None = None
-    aggregation: Any = None
+    aggregation: AggregationOutput | None = None
+    gramian_terms: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def cosines(self) -> Array:
+        """[K, K]: the cosines of the angles between the terms' weighted gradients, of ``gramian_terms``.
+
+        −1 where two pull against each other, 0 beside a gradient that is 0 (a term at weight 0). It may be
+        traced.
+
+        Raises:
+          ValueError: the output has no Gramian.
+        """
+        return cosines(self._gramian())
+
+    def conflicts(self, below: float = 0.0) -> list[Conflict]:
+        """The pairs of terms whose gradients' cosine is less than ``below``, the worst first.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr
+          >>> objective = jr.compose(
+          ...     lambda x, batch: jnp.sum(x),
+          ...     [dict(name="l2", fn=lambda x, batch: jnp.sum(x**2) / 2, weight=1.0)],
+          ...     track_grad_norms=jr.GradNorms(gramian=True))
+          >>> (_, out), _ = objective.value_and_grad(jnp.array([-1.0, -1.0]))
+          >>> out.conflicts()
+          [Conflict(first='base_loss', second='l2', cosine=-1.0)]
+
+        Raises:
+          ValueError: the output has no Gramian.
+          TypeError: it is traced, so there are no numbers yet.
+        """
+        return conflicts_of(self.gramian_terms, self._gramian(), below)
+
+    def _gramian(self) -> Array:
+        if self.gramian is None:
+            raise ValueError(
+                "this output has no Gramian: compose with track_grad_norms=GradNorms(gramian=True), or with an "
+                "aggregator, and call objective.value_and_grad(...)"
+            )
+        return self.gramian
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python for JSON: floats, None where there is no number, names in order.

@@ -22,6 +22,8 @@ class Leaves(NamedTuple):
     held: dict[str, Array]  # by scheduled term: whether its constant stands in for the schedule
     terms: tuple[tuple[Any, ...], ...]  # what each term holds, the base loss first
     model: tuple[Any, ...]
+    weighting: tuple[Any, ...] = ()  # a rule's numbers
+    aggregator: tuple[Any, ...] = ()  # and an aggregator's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,31 @@ class Plan:
     model: StaticPart | None
     norms: GradNorms | None
     has_aux: bool = False  # whether the model returns (outputs, what is none)
+    weighting: StaticPart | None = None  # the rule that moves weights
+    ruled: tuple[str, ...] = ()  # the terms whose weights it moves
+    aggregator: StaticPart | None = None  # what replaces the plain sum of the weighted gradients
 
     def fns(self, leaves: Leaves) -> list[TermFn]:
         """The terms, whole again."""
         return [part.with_arrays(held) for part, held in zip(self.parts, leaves.terms, strict=True)]
+
+    def rule(self, leaves: Leaves) -> Any:
+        """The rule that moves weights, whole again, or None."""
+        return None if self.weighting is None else self.weighting.with_arrays(leaves.weighting)
+
+    def combiner(self, leaves: Leaves) -> Any:
+        """The aggregator, whole again, or None."""
+        return None if self.aggregator is None else self.aggregator.with_arrays(leaves.aggregator)
+
+    @property
+    def on_params(self) -> list[bool]:
+        """Which terms are on the params, where they are not the argument of all terms."""
+        return [place == "params" and self.model is not None for place in self.places]
+
+    @property
+    def space(self) -> Place:
+        """Whose gradients the norms are of."""
+        return (self.norms or GradNorms()).space(self.model)
 
     def compiled(self, body: Callable[..., Any]) -> Any:
         """``body(plan, ...)``, jitted for this plan.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxreg.base.shown import called, number, readable
+from jaxreg.core.aggregate import whose_gradients
 from jaxreg.core.plan import Leaves, Plan
 
 Rows = list[list[str]]
@@ -66,19 +67,25 @@ def objective_rest(plan: Plan, leaves: Leaves) -> list[str]:
         rest.append("has_aux=True")
     if plan.norms is not None:
         rest.append(f"track_grad_norms={called(plan.norms)}")
+    if plan.weighting is not None:
+        rest.append(f"weighting={called(plan.rule(leaves))}")
+    if plan.aggregator is not None:
+        aggregator = plan.combiner(leaves)
+        whose = whose_gradients(aggregator, plan.names, plan.on_params)
+        rest.append(f"aggregator={called(aggregator)} ({whose})")
     return rest
 
 
 def weight_text(plan: Plan, leaves: Leaves, name: str) -> str:
     """A term's weight: a number, several where vmap stacked them, or that it follows a schedule."""
-    schedule = plan.schedules[plan.names.index(name)]
     constant = number(leaves.constants[name])
-    if schedule is None:
+    if name not in leaves.held:
         return constant
+    mover = f"{constant}, moved" if name in plan.ruled else "schedule"
     held = readable(leaves.held[name])
     if held is None:  # traced: it may be either
-        return f"schedule or {constant}"
-    return constant if held.all() else "schedule"
+        return f"{mover} or {constant}"
+    return constant if held.all() else mover
 
 
 def _term_row(name: str, term: Any, weight: str, contribution: Any, norm: Any) -> list[str]:

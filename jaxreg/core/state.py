@@ -1,4 +1,8 @@
-"""What an objective carries from step to step: the step, for schedules, and each stateful term's own."""
+"""What an objective carries from step to step.
+
+The step, for schedules; each stateful term's own state; the weights that a rule chose, and the rule's own; what
+was measured last, where it is measured now and then, and the aggregator's own. Arrays under string keys.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxreg.base.shown import described
 from jaxreg.base.types import Array, PyTree
+from jaxreg.core.measured import first_measured
 from jaxreg.core.notes import add_place
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import requested_arguments
@@ -22,15 +27,20 @@ REMEDY = (
 def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
     """The state of step 0; empty where nothing needs one."""
     terms = {
-        name: jax.tree.map(_fresh, _first(fn, who(name)))
+        name: jax.tree.map(_fresh, _first(fn, f"the {who(name)}"))
         for name, fn in zip(plan.names, plan.fns(leaves), strict=True)
         if "state" in requested_arguments(fn)
     }
     state: dict[str, Any] = {}
-    if any(plan.schedules) or terms:
-        state["step"] = jnp.zeros((), jnp.int32)
     if terms:
         state["terms"] = terms
+    if (rule := plan.rule(leaves)) is not None:
+        chosen, own = _first(rule, "the weighting", dict(leaves.constants))
+        state["weights"] = jax.tree.map(_fresh, {name: chosen[name] for name in plan.ruled})
+        state["rules"] = jax.tree.map(_fresh, own)
+    state |= jax.tree.map(_fresh, first_measured(plan, leaves))
+    if any(plan.schedules) or state:
+        state = {"step": jnp.zeros((), jnp.int32), **state}
     return state
 
 
@@ -50,13 +60,20 @@ def own_state(state: PyTree, name: str) -> PyTree:
     return state["terms"][name]
 
 
+def chosen_weight(state: PyTree, name: str) -> Array:
+    """The weight that a rule chose for the named term."""
+    if not isinstance(state, Mapping) or name not in (state.get("weights") or {}):
+        raise ValueError(f"{who(name)}: a rule moves its weight, from step to step: {REMEDY}{_got(state)}")
+    return jnp.asarray(state["weights"][name])
+
+
 def none_if_empty(state: PyTree) -> PyTree:
     """The state; None for an empty one, which is no other program."""
     return None if isinstance(state, Mapping | tuple | list) and not state else state
 
 
-def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
-    """The state for the next step, of this step's and of what each term made of its own."""
+def next_state(state: PyTree, by_name: Mapping[str, PyTree], moved: Mapping[str, PyTree]) -> PyTree:
+    """The state for the next step: of this step's, of what each term made of its own, and of what else moved."""
     if state is None:
         return {}
     if not isinstance(state, Mapping):
@@ -68,14 +85,16 @@ def next_state(state: PyTree, by_name: Mapping[str, PyTree]) -> PyTree:
         following["terms"] = {
             name: _checked(last, by_name[name], who(name)) for name, last in state["terms"].items()
         }
+    for name, new in moved.items():
+        following[name] = _checked(state[name], new, f"the objective's {name!r}")
     return jax.lax.stop_gradient(following)
 
 
-def _first(fn: Any, whose: str) -> PyTree:
+def _first(fn: Any, whose: str, *arguments: Any) -> Any:
     try:
-        return fn.init()
+        return fn.init(*arguments)
     except Exception as error:
-        add_place(error, f"init() of the {whose} of the objective")
+        add_place(error, f"init() of {whose} of the objective")
         raise
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
-from jaxreg.core.bind import bind_forward, bind_terms, check_argument
-from jaxreg.core.gradients import BoundTerm, Pass, differentiate, evaluate, weighted
+from jaxreg.core.aggregate import not_differentiable
+from jaxreg.core.bind import bind_ask, bind_forward, bind_terms, check_argument
+from jaxreg.core.gradients import differentiate, evaluate
+from jaxreg.core.measured import age, measured
 from jaxreg.core.named import Regularizers
-from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+from jaxreg.core.output import AggregationOutput, BaseLossOutput, CustomLossOutput, RegularizerOutput
+from jaxreg.core.passes import Ask, BoundTerm, Pass, members, weighted
 from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.rules import moved_weights
 from jaxreg.core.state import next_state
 
 
@@ -20,7 +26,8 @@ def call(
     check_argument(plan, x)
     terms = bind_terms(plan, leaves, batch, state, key)
     done = evaluate(terms, bind_forward(plan, leaves, batch, key), x)
-    return done.total, _report(plan, terms, done, state)
+    out = _report(plan, leaves, terms, done, state, Ask())
+    return out.loss_total, out
 
 
 def value_and_grad(
@@ -29,17 +36,20 @@ def value_and_grad(
     """``((loss_total, report), gradient)``."""
     check_argument(plan, x)
     terms = bind_terms(plan, leaves, batch, state, key)
-    done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, plan.norms)
-    return (done.total, _report(plan, terms, done, state)), done.gradient
+    ask = bind_ask(plan, leaves, state, key)
+    done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, ask)
+    out = _report(plan, leaves, terms, done, state, ask)
+    return (out.loss_total, out), done.gradient
 
 
-def _report(plan: Plan, terms: list[BoundTerm], done: Pass, state: PyTree) -> CustomLossOutput:
-    none: list[Array | None] = [None] * len(terms)
-    grad_norms, per_datum = (done.norms.terms, done.norms.per_datum) if done.norms else (none, none)
+def _report(
+    plan: Plan, leaves: Leaves, terms: list[BoundTerm], done: Pass, state: PyTree, ask: Ask
+) -> CustomLossOutput:
+    own = [_measured_of(done, i) for i in range(len(terms))]
     regularizers: Regularizers[RegularizerOutput] = Regularizers()
     regularizer_total = jnp.zeros_like(done.total)
     for i, name in enumerate(plan.names[1:], start=1):
-        weight, norm = terms[i].weight, grad_norms[i]
+        weight, norm = terms[i].weight, own[i]["grad_norm"]
         assert weight is not None  # only the base loss has none
         contribution = weighted(weight, done.values[i])
         regularizer_total = regularizer_total + contribution
@@ -48,18 +58,61 @@ def _report(plan: Plan, terms: list[BoundTerm], done: Pass, state: PyTree) -> Cu
             value=done.values[i],
             weight=weight,
             contribution=contribution,
-            grad_norm=norm,
             grad_norm_weighted=None if norm is None else weighted(weight, norm),
             custom=done.extras[i][0],
-            grad_norm_per_datum=per_datum[i],
+            **own[i],
         )
-    next_states = {name: extra[1] for name, extra in zip(plan.names, done.extras, strict=True)}
-    return CustomLossOutput(
-        loss_total=done.total,
-        base_loss=BaseLossOutput(done.values[0], grad_norms[0], done.extras[0][0], per_datum[0]),
+    gramian, among = _gramian_of(plan, done, ask)
+    out = CustomLossOutput(
+        loss_total=done.total if plan.aggregator is None else not_differentiable(done.total),
+        base_loss=BaseLossOutput(done.values[0], custom=done.extras[0][0], **own[0]),
         regularizers=regularizers,
         regularizer_total=regularizer_total,
         total_grad_norm=done.norms.total if done.norms else None,
-        state=next_state(state, next_states),
         aux=done.aux,
+        gramian=gramian,
+        norms_age=None if ask.held is None else age(state, ask.held),
+        aggregation=_aggregation(plan, done, ask),
+        gramian_terms=among,
     )
+    by_name = {name: extra[1] for name, extra in zip(plan.names, done.extras, strict=True)}
+    moved = measured(plan, state, done, ask.held)
+    if plan.weighting is not None:
+        moved |= moved_weights(plan.rule(leaves), plan.ruled, out, state)
+    return out.replace(state=next_state(state, by_name, moved))  # type: ignore[attr-defined, no-any-return]
+
+
+def _measured_of(done: Pass, i: int) -> dict[str, Any]:
+    """What was measured of one term, by the names of its output's fields."""
+    norms = done.norms
+    if norms is None:
+        return dict.fromkeys(("grad_norm", "grad_norm_per_datum", "grad_abs_max", "grad_abs_mean"))
+    largest, mean = norms.absolutes[i] or (None, None)
+    return {
+        "grad_norm": norms.terms[i],
+        "grad_norm_per_datum": norms.per_datum[i],
+        "grad_abs_max": largest,
+        "grad_abs_mean": mean,
+    }
+
+
+def _gramian_of(plan: Plan, done: Pass, ask: Ask) -> tuple[Array | None, tuple[str, ...]]:
+    """The Gramian that is reported, and of which terms: the one that is tracked, else the aggregator's."""
+    if done.norms is not None and done.norms.gramian is not None:
+        return done.norms.gramian, _names(plan, ask.space)
+    if done.combined is not None and ask.combine is not None:
+        return done.combined.gramian, _names(plan, ask.combine.space)
+    return None, ()
+
+
+def _aggregation(plan: Plan, done: Pass, ask: Ask) -> AggregationOutput | None:
+    if done.combined is None or ask.combine is None:
+        return None
+    names = _names(plan, ask.combine.space)
+    return AggregationOutput(
+        {name: done.combined.coefficients[k] for k, name in enumerate(names)}, done.combined.metrics
+    )
+
+
+def _names(plan: Plan, space: Any) -> tuple[str, ...]:
+    return tuple(plan.names[i] for i in members(plan.on_params, space))

@@ -1,4 +1,4 @@
-"""The weights of a step: constants, or schedules read at the state's step."""
+"""The weights of a step: constants, schedules read at the state's step, or what a rule chose at the last one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxreg.base.types import Array, ArrayLike, PyTree, Schedule
 from jaxreg.core.plan import Leaves, Plan
-from jaxreg.core.state import step_of
+from jaxreg.core.state import chosen_weight, step_of
 
 ROUNDING = 1e-6  # what a schedule may be below 0
 
@@ -25,8 +25,13 @@ def weights_at(plan: Plan, leaves: Leaves, state: PyTree) -> list[Array | None]:
     weights: list[Array | None] = [None]
     for name, schedule in zip(plan.names[1:], plan.schedules[1:], strict=True):
         weight, held = leaves.constants[name], leaves.held.get(name, True)
-        if schedule is not None and (isinstance(held, jax.core.Tracer) or not np.asarray(held).all()):
-            weight = jnp.where(held, weight, _read(schedule, name, state, weight.dtype))
+        if isinstance(held, jax.core.Tracer) or not np.asarray(held).all():
+            moved = (
+                chosen_weight(state, name).astype(weight.dtype)
+                if schedule is None
+                else _read(schedule, name, state, weight.dtype)
+            )
+            weight = jnp.where(held, weight, moved)
         weights.append(weight)
     return weights
 

@@ -1,0 +1,42 @@
+"""Pairs of terms whose gradients pull against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxreg.base.types import Array
+from jaxreg.core.gramian import cosines
+
+
+class Conflict(NamedTuple):
+    """Two terms whose gradients pull against each other, and the cosine of the angle between them."""
+
+    first: str
+    second: str
+    cosine: float
+
+
+def conflicts_of(names: Sequence[str], gramian: Array, below: float) -> list[Conflict]:
+    """The pairs whose cosine is less than ``below``, the worst first."""
+    if isinstance(gramian, jax.core.Tracer):
+        raise TypeError(
+            "conflicts() reads numbers, which do not exist while JAX traces: return the output from the jitted "
+            "function and call it outside; cosines() may be traced"
+        )
+    if np.ndim(gramian) != 2:
+        raise ValueError(
+            f"the Gramian has shape {np.shape(gramian)}, so the output holds more than one step (vmap, scan): "
+            f"take one, jax.tree.map(lambda a: a[i], out)"
+        )
+    values = np.asarray(cosines(gramian))
+    pairs = [
+        Conflict(names[i], names[j], float(values[i, j]))
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+        if values[i, j] < below
+    ]
+    return sorted(pairs, key=lambda pair: pair.cosine)
