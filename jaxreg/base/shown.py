@@ -117,7 +117,7 @@ def _called(value: Any) -> str:
     if dataclasses.is_dataclass(value):
         return fields_of(value)
     if hasattr(value, "shape"):
-        return described(value)
+        return number(value) if value.shape == () and readable(value) is not None else described(value)
     leaves = jax.tree.leaves(value)
     if any(hasattr(leaf, "shape") for leaf in leaves):
         kind = "" if isinstance(value, dict | list | tuple) else f" in {type(value).__name__}"

@@ -130,8 +130,10 @@ def as_numbers(held: Any) -> Any:
     """A rule or an aggregator whose numbers are arrays, so that changing one compiles nothing."""
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, float | int):
+        if isinstance(value, bool) or not isinstance(value, float | int | np.generic | np.ndarray | jax.Array):
             return value
-        return jnp.asarray(value, jnp.result_type(float) if isinstance(value, float) else jnp.int32)
+        if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return jnp.asarray(value, jnp.result_type(float))
+        return jnp.asarray(value, jnp.int32) if isinstance(value, int) else jnp.asarray(value)
 
     return cast(Any, jax.tree.map(leaf, held))

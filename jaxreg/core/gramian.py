@@ -61,12 +61,12 @@ def gramian(products: Array, scales: Array, norms: Array, weights: Sequence[Arra
 def cosines(gram: Array) -> Array:
     """[..., K, K]: the cosines of the angles; 1 on the diagonal, and 0 beside a gradient that is 0."""
     norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    rows, columns = norms[..., :, None], norms[..., None, :]
+    rows, columns = (jnp.broadcast_to(side, gram.shape) for side in (norms[..., :, None], norms[..., None, :]))
     zero = (rows == 0) | (columns == 0)
     # One division after the other: the product of two norms may leave the range.
     ratio = gram / jnp.where(zero, 1, rows) / jnp.where(zero, 1, columns)
-    eye = jnp.eye(gram.shape[-1], dtype=bool) & ~jnp.isnan(ratio)
-    return jnp.where(eye, 1, jnp.where(zero, 0, jnp.clip(ratio, -1, 1)))
+    diagonal = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=bool), gram.shape) & ~jnp.isnan(ratio)
+    return jnp.where(diagonal, 1, jnp.where(zero, 0, jnp.clip(ratio, -1, 1)))
 
 
 def stacked(trees: Sequence[object], scales: Array) -> list[Array]:

@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 
 class Regularizers(OrderedDict[str, V]):
-    """Name -> `RegularizerOutput`: an `OrderedDict`, a pytree as that is, and serialized by Flax as a dict.
+    """Name -> `RegularizerOutput` (or another record of a term): an `OrderedDict`, a pytree as that is, and serialized by Flax as a dict.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr

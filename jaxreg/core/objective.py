@@ -78,7 +78,7 @@ class CompositeLoss:
         Returns:
           ``(loss_total, CustomLossOutput)``.
         """
-        if self.plan.norms is not None and is_differentiated(x):
+        if self.plan.norms is not None and self.plan.aggregator is None and is_differentiated(x):
             warnings.warn(NO_NORMS, NormsNotComputedWarning, stacklevel=2)
         return self._run(step.call, x, batch, none_if_empty(state), key)
 

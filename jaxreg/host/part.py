@@ -44,7 +44,7 @@ def _parted(objective: CompositeLoss) -> _Parts:
     fns = plan.fns(objective.leaves)
     kept = tuple(i for i, fn in enumerate(fns) if not isinstance(fn, HostTerm))
     host = tuple(i for i, fn in enumerate(fns) if isinstance(fn, HostTerm))
-    if not host:
+    if not host or _needs_all_terms(plan):
         return _Parts(None, kept, ())
 
     def these(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -60,3 +60,13 @@ def _parted(objective: CompositeLoss) -> _Parts:
         plan.has_aux,
     )
     return _Parts(lean, kept, host)
+
+
+def _needs_all_terms(plan: Plan) -> bool:
+    """Whether something in the compiled pass reads every term: a Gramian, a rule, norms that are carried.
+
+    Host terms then run inside of it, by callback, and not beside it.
+    """
+    norms = plan.norms
+    carried = norms is not None and (norms.gramian or norms.absolutes or norms.every > 1)
+    return carried or plan.weighting is not None or plan.aggregator is not None
