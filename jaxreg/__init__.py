@@ -12,11 +12,14 @@ from jaxreg.base.version import __version__ as __version__
 from jaxreg.batch.token_batch import TokenBatch as TokenBatch
 from jaxreg.core.compose import MixedReductionsWarning as MixedReductionsWarning
 from jaxreg.core.compose import compose as compose
+from jaxreg.core.conflicts import Conflict as Conflict
 from jaxreg.core.norms import GradNorms as GradNorms
 from jaxreg.core.objective import CompositeLoss as CompositeLoss
 from jaxreg.core.objective import NormsNotComputedWarning as NormsNotComputedWarning
+from jaxreg.core.output import AggregationOutput as AggregationOutput
 from jaxreg.core.output import BaseLossOutput as BaseLossOutput
 from jaxreg.core.output import CustomLossOutput as CustomLossOutput
 from jaxreg.core.output import RegularizerOutput as RegularizerOutput
 from jaxreg.core.spec import RegularizerSpec as RegularizerSpec
+from jaxreg.core.stacking import stack as stack
 from jaxreg.terms.view import of as of

@@ -1,6 +1,6 @@
 """The aggregator of an objective: what it must be, and what it makes of a Gramian.
 
-It is a function from a Gramian [K, K] to coefficients [K], or an object with ``solve(gramian, *, key, state)`` that
+It is a function from a Gramian [K, K] to coefficients [K], or an object whose ``solve(gramian, *, key, state)``
 gives ``(coefficients, metrics, state)``, such as those of `jaxreg.aggregation`.
 """
 
@@ -41,13 +41,13 @@ def check_aggregator(aggregator: Any, norms: GradNorms | None, forward: object) 
         return
     if forward is None:
         raise ValueError(
-            f"aggregator {name}: wrt='params' needs to know the model: give compose forward=apply_fn; without it "
-            f"the gradients are those with respect to x, which is wrt='outputs'"
+            f"aggregator {name}: wrt='params' needs to know the model: give compose forward=apply_fn; "
+            f"without it the gradients are those with respect to x, which is wrt='outputs'"
         )
     if norms is not None and norms.space(forward) == "outputs":
         raise ValueError(
-            f"aggregator {name}: it combines the params' gradients, and track_grad_norms={norms!r} measures the "
-            f"outputs': say one space for both"
+            f"aggregator {name}: it combines the params' gradients, and track_grad_norms={norms!r} measures "
+            f"the outputs': say one space for both"
         )
     if norms is not None and norms.params is not None:
         raise ValueError(
@@ -101,8 +101,8 @@ def refuse_nonfinite(aggregator: Any, out: Any) -> None:
     squares = np.diagonal(np.asarray(out.gramian))
     bad = [name for name, own in zip(out.gramian_terms, squares, strict=True) if not np.isfinite(own)]
     raise FloatingPointError(
-        f"aggregator {called(aggregator)}: the gradients of {', '.join(map(repr, bad)) or 'some terms'} are not "
-        f"finite; nonfinite='drop' takes the plain sum of the others, and 'propagate' gives NaN"
+        f"aggregator {called(aggregator)}: the gradients of {', '.join(map(repr, bad)) or 'some terms'} are "
+        f"not finite; nonfinite='drop' takes the plain sum of the others, and 'propagate' gives NaN"
     )
 
 
@@ -130,7 +130,9 @@ def as_numbers(held: Any) -> Any:
     """A rule or an aggregator whose numbers are arrays, so that changing one compiles nothing."""
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, float | int | np.generic | np.ndarray | jax.Array):
+        if isinstance(value, bool) or not isinstance(
+            value, float | int | np.generic | np.ndarray | jax.Array
+        ):
             return value
         if jnp.issubdtype(jnp.result_type(value), jnp.floating):
             return jnp.asarray(value, jnp.result_type(float))

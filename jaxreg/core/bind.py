@@ -47,9 +47,7 @@ def bind_ask(plan: Plan, leaves: Leaves, state: PyTree, key: Array | None) -> As
     own = None
     if has_state(aggregator):
         if not isinstance(state, Mapping) or "state" not in state.get("aggregator", {}):
-            raise ValueError(
-                f"aggregator {called(aggregator)}: it carries a state: {REMEDY}"
-            )
+            raise ValueError(f"aggregator {called(aggregator)}: it carries a state: {REMEDY}")
         own = state["aggregator"]["state"]
     if key is not None:
         check_key(key, "the aggregator")

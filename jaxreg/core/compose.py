@@ -14,7 +14,16 @@ from jaxreg.core.norms import GradNorms, as_grad_norms
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.plan import Leaves, shared, who
 from jaxreg.core.rules import bound_rule
-from jaxreg.core.spec import BASE, Regularizer, RegularizerSpec, as_spec, check_term, own_place, split_arrays
+from jaxreg.core.spec import (
+    BASE,
+    Regularizer,
+    RegularizerSpec,
+    StaticPart,
+    as_spec,
+    check_term,
+    own_place,
+    split_arrays,
+)
 from jaxreg.core.weights import check_schedule, weight_leaf
 
 
@@ -55,7 +64,8 @@ def compose(
         that it names from step to step, beginning with the weights given here. Carry
         ``state=objective.init()``, then ``state=out.state``.
       aggregator: what replaces the plain sum of the weighted gradients: an aggregator of
-        `jaxreg.aggregation`, or a function from their Gramian [K, K], the base loss first, to coefficients [K].
+        `jaxreg.aggregation`, or a function from their Gramian [K, K], the base loss first, to coefficients
+        [K].
         By default it combines the outputs' gradients, and terms on params are added as they are; with
         ``wrt="params"`` those of all terms at the params. ``loss_total`` stays the plain sum, whose gradient
         this is not, so `jax.grad` of the objective raises: use ``objective.value_and_grad``.
@@ -97,12 +107,15 @@ def compose(
     norms = as_grad_norms(track_grad_norms)
     if norms is not None:
         norms.check_fits(forward)
-    rule, ruled, moved = None, (), ()
+    rule: StaticPart | None = None
+    ruled: tuple[str, ...] = ()
+    moved: tuple[Any, ...] = ()
     if weighting is not None:
         bound = bound_rule(weighting, specs, norms)
         ruled = tuple(spec.name for spec in specs if spec.name in bound.names)
         rule, moved = split_arrays(as_numbers(bound), "weighting")
-    combiner, numbers = None, ()
+    combiner: StaticPart | None = None
+    numbers: tuple[Any, ...] = ()
     if aggregator is not None:
         check_aggregator(aggregator, norms, forward)
         combiner, numbers = split_arrays(as_numbers(aggregator), "aggregator")
@@ -124,9 +137,7 @@ def compose(
         weighting=moved,
         aggregator=numbers,
     )
-    plan = shared(
-        tuple(names), tuple(parts), places, schedules, model, norms, has_aux, rule, ruled, combiner
-    )
+    plan = shared(tuple(names), tuple(parts), places, schedules, model, norms, has_aux, rule, ruled, combiner)
     return CompositeLoss(leaves, plan)
 
 

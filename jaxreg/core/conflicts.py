@@ -24,13 +24,13 @@ def conflicts_of(names: Sequence[str], gramian: Array, below: float) -> list[Con
     """The pairs whose cosine is less than ``below``, the worst first."""
     if isinstance(gramian, jax.core.Tracer):
         raise TypeError(
-            "conflicts() reads numbers, which do not exist while JAX traces: return the output from the jitted "
-            "function and call it outside; cosines() may be traced"
+            "conflicts() reads numbers, which do not exist while JAX traces: return the output from the "
+            "jitted function and call it outside; cosines() may be traced"
         )
     if np.ndim(gramian) != 2:
         raise ValueError(
-            f"the Gramian has shape {np.shape(gramian)}, so the output holds more than one step (vmap, scan): "
-            f"take one, jax.tree.map(lambda a: a[i], out)"
+            f"the Gramian has shape {np.shape(gramian)}, so the output holds more than one step (vmap, "
+            f"scan): take one, jax.tree.map(lambda a: a[i], out)"
         )
     values = np.asarray(cosines(gramian))
     pairs = [

@@ -10,9 +10,9 @@ Three ways through, chosen when the program is traced:
 
 In none of them does a term's backward pass run more than once, and the forward pass is shared. An aggregator
 multiplies the terms' weighted gradients by coefficients that it reads off their Gramian: in output space
-before the one pullback; in parameter space after the stacked one, and then the combination is pulled back once
-more, so that the stack need not outlive the products. Norms that are measured now and then are one branch of a
-conditional; the other is the first way.
+before the one pullback; in parameter space after the stacked one, and then the combination is pulled back
+once more, so that the stack need not outlive the products. Norms that are measured now and then are one
+branch of a conditional; the other is the first way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The inner products of the terms' gradients, at any scale.
 
-A gradient's square is out of float32's range long before the gradient is. So each is divided by a power of two
-near its own norm first, which loses no digit, and what is multiplied afterwards are the norms.
+A gradient's square is out of float32's range long before the gradient is. So each is divided by a power of
+two near its own norm first, which loses no digit, and what is multiplied afterwards are the norms.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def gramian(products: Array, scales: Array, norms: Array, weights: Sequence[Arra
 def cosines(gram: Array) -> Array:
     """[..., K, K]: the cosines of the angles; 1 on the diagonal, and 0 beside a gradient that is 0."""
     norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    rows, columns = (jnp.broadcast_to(side, gram.shape) for side in (norms[..., :, None], norms[..., None, :]))
+    rows, columns = (
+        jnp.broadcast_to(side, gram.shape) for side in (norms[..., :, None], norms[..., None, :])
+    )
     zero = (rows == 0) | (columns == 0)
     # One division after the other: the product of two norms may leave the range.
     ratio = gram / jnp.where(zero, 1, rows) / jnp.where(zero, 1, columns)

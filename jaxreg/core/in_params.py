@@ -161,7 +161,7 @@ def _with_gramian(
     sizes = power_of_two(jnp.stack([l2_norm(jax.tree.leaves(tree)) for tree in cotangents]))
     structure = jax.tree.structure(model.outputs)
     stack = jax.tree.unflatten(structure, stacked(cotangents, sizes))
-    back = [sizes[k] if scales[i] is None else scales[i] * sizes[k] for k, i in enumerate(on_outputs)]
+    back = [_times(scales[i], sizes[k]) for k, i in enumerate(on_outputs)]
     rows = _rows(model, stack, back, norms, chosen, params, keep=True)
 
     every = [_pick(rows.pulled, chosen)]
@@ -183,6 +183,10 @@ def _with_gramian(
         largest, mean = rows.absolutes
         sized = (largest * sizes.astype(largest.dtype), mean * sizes.astype(mean.dtype))
     return rows._replace(norms=lengths[0], absolutes=sized), gram
+
+
+def _times(scale: Array | None, size: Array) -> Array:
+    return size if scale is None else scale * size
 
 
 def _pick(tree: PyTree, chosen: Sequence[bool]) -> list[Array]:

@@ -84,9 +84,7 @@ def measured(plan: Plan, state: PyTree, done: Pass, now: Held | None) -> dict[st
         }
         if "abs_max" in state["norms"]:
             pairs = [done.norms.absolutes[i] or () for i in own]
-            last["abs_max"], last["abs_mean"] = (
-                jnp.stack([pair[k] for pair in pairs]) for k in range(2)
-            )
+            last["abs_max"], last["abs_mean"] = (jnp.stack([pair[k] for pair in pairs]) for k in range(2))
         if "gramian" in state["norms"]:
             last["gramian"] = done.norms.gramian
         moved["norms"] = last
@@ -121,7 +119,7 @@ def _every(plan: Plan) -> int:
 
 
 def _is_held(plan: Plan, aggregator: Any) -> bool:
-    """Whether the aggregator's coefficients are those of the last measurement: its Gramian is of the params."""
+    """Whether the aggregator's coefficients are those of the last measurement, of the params' Gramian."""
     return is_now_and_then(plan) and combine_space(aggregator) == "params"
 
 

@@ -15,7 +15,9 @@ V = TypeVar("V")
 
 
 class Regularizers(OrderedDict[str, V]):
-    """Name -> `RegularizerOutput` (or another record of a term): an `OrderedDict`, a pytree as that is, and serialized by Flax as a dict.
+    """Name -> `RegularizerOutput`, or another record of a term: an `OrderedDict`, a pytree as that is.
+
+    Flax serializes it as a dict.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr

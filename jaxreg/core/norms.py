@@ -75,8 +75,8 @@ class GradNorms:
                 )
         if self.per_datum and self.every > 1:
             raise ValueError(
-                "GradNorms: norms a datum belong to the step's own batch and are not carried over to the next; "
-                "leave every= or per_datum= out"
+                "GradNorms: norms a datum belong to the step's own batch and are not carried over to the "
+                "next; leave every= or per_datum= out"
             )
 
     def __repr__(self) -> str:

@@ -112,6 +112,7 @@ class CompositeLoss:
           ((), (3,))
         """
         arguments = (x, batch, none_if_empty(state), key)
+        self._check_one()
         try:
             return self.plan.compiled(step.value_and_grad).eval_shape(self.leaves, *arguments)
         except Exception as error:
@@ -122,9 +123,18 @@ class CompositeLoss:
     def init(self) -> PyTree:
         """The first state: what schedules and stateful terms carry from step to step.
 
-        An empty dict where nothing needs one; else pass it as ``state=`` and carry ``out.state``.
+        An empty dict where nothing needs one; else pass it as ``state=`` and carry ``out.state``. Of a
+        `stack` the states are stacked.
         """
+        if self.stacked is not None:
+            return jax.vmap(functools.partial(first_state, self.plan))(self.leaves)
         return first_state(self.plan, self.leaves)
+
+    @property
+    def stacked(self) -> int | None:
+        """How many settings a `stack` holds, or None where this is one objective."""
+        shapes = [jnp.shape(weight) for weight in self.leaves.constants.values()]
+        return int(shapes[0][0]) if shapes and shapes[0] else None
 
     @property
     def constants(self) -> dict[str, Array]:
@@ -192,7 +202,12 @@ class CompositeLoss:
         for name, place, fn in zip(self.names, self.plan.places[1:], fns[1:], strict=True):
             on = " (on params)" if place == "params" else ""
             lines.append(f"{name}: {weight_text(self.plan, self.leaves, name)} · {called(fn)}{on}")
-        return "CompositeLoss(\n  " + ",\n  ".join([*lines, *objective_rest(self.plan, self.leaves)]) + "\n)"
+        kind = (
+            "CompositeLoss"
+            if self.stacked is None
+            else f"a stack of {self.stacked} settings of CompositeLoss"
+        )
+        return f"{kind}(\n  " + ",\n  ".join([*lines, *objective_rest(self.plan, self.leaves)]) + "\n)"
 
     @never_fails
     def _repr_html_(self) -> str:
@@ -202,6 +217,7 @@ class CompositeLoss:
 
     def _run(self, body: Callable[..., Any], *arguments: Any) -> Any:
         """The compiled program, or its own body where somebody else is tracing already."""
+        self._check_one()
         releases.warn_once()
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.leaves, arguments)))
         run = functools.partial(body, self.plan) if traced else self.plan.compiled(body)
@@ -216,6 +232,13 @@ class CompositeLoss:
             if better := explain(error, self.plan, self.leaves, arguments, traced):
                 raise better from better.__cause__
             raise
+
+    def _check_one(self) -> None:
+        if (count := self.stacked) is not None:
+            raise ValueError(
+                f"this objective is a stack of {count} settings, over which jax.vmap runs: "
+                f"jax.vmap(lambda objective, x: objective.value_and_grad(x, batch))(stacked, xs)"
+            )
 
     def _check_names(self, names: tuple[str, ...]) -> None:
         for name in names:

@@ -79,8 +79,8 @@ class AggregationOutput:
     """What the aggregator of an objective did.
 
     Attributes:
-      coefficients: name -> what the term's weighted gradient was multiplied by, of the terms that are combined,
-        the base loss (``"base_loss"``) first.
+      coefficients: name -> what the term's weighted gradient was multiplied by, of the terms that are
+        combined, the base loss (``"base_loss"``) first.
       metrics: the aggregator's own numbers, such as the residual of its program (``"kkt_residual"``).
     """
 
@@ -172,8 +172,8 @@ class CustomLossOutput:
     def _gramian(self) -> Array:
         if self.gramian is None:
             raise ValueError(
-                "this output has no Gramian: compose with track_grad_norms=GradNorms(gramian=True), or with an "
-                "aggregator, and call objective.value_and_grad(...)"
+                "this output has no Gramian: compose with track_grad_norms=GradNorms(gramian=True), or with "
+                "an aggregator, and call objective.value_and_grad(...)"
             )
         return self.gramian
 

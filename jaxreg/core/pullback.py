@@ -78,7 +78,7 @@ def scan_chunks(
 
 
 def in_order(stacks: Sequence[PyTree], indices: Sequence[int]) -> list[Array]:
-    """The leaves of stacks of trees, put together along their first axis, row ``indices[k]`` being the k-th."""
+    """The leaves of stacks of trees, put together along their first axis; the k-th becomes ``indices[k]``."""
     rank = jnp.argsort(jnp.asarray(indices))
     leaves = [jax.tree.leaves(stack) for stack in stacks]
     together = [jnp.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*leaves, strict=True)]
@@ -97,7 +97,7 @@ def _at_once(pull: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
             "This happened where the norms of the params' gradient vmap the backward of forward over the "
             "terms. If forward's backward cannot be vmapped, use track_grad_norms=GradNorms(wrt='outputs'), "
             "the norms of the outputs' gradient, which runs it once and plain, or GradNorms(chunk_size=1), "
-            "which pulls one term back after the other; or let it be vmapped: a jax.pure_callback in it takes "
-            "vmap_method='sequential'."
+            "which pulls one term back after the other; or let it be vmapped: a jax.pure_callback in it "
+            "takes vmap_method='sequential'."
         )
         raise

@@ -25,10 +25,12 @@ def bound_rule(rule: Any, specs: tuple[RegularizerSpec, ...], norms: GradNorms |
     """The rule, knowing the objective's terms.
 
     Raises:
-      TypeError, ValueError, KeyError: it is no rule, moves a term that there is not or that has a schedule, or
-        needs what is not measured.
+      TypeError, ValueError, KeyError: it is no rule, moves a term that there is not or that has a schedule,
+        or needs what is not measured.
     """
-    if isinstance(rule, type) or not all(callable(getattr(rule, name, None)) for name in ("bind", "init", "update")):
+    if isinstance(rule, type) or not all(
+        callable(getattr(rule, name, None)) for name in ("bind", "init", "update")
+    ):
         raise TypeError(
             f"weighting is a rule of jaxreg.weighting, such as adaptive_kl('kl', target=0.05), or several, "
             f"chain(...); got {rule.__name__ if isinstance(rule, type) else type(rule).__name__}"
@@ -69,7 +71,7 @@ def _with_something_to_wait_on(rule: Any, out: CustomLossOutput) -> CustomLossOu
     if not rule.needs or out.base_loss.grad_norm is not None:
         return out
     nothing = jnp.zeros_like(out.loss_total)
-    gone: Any = dict(grad_norm=nothing, grad_abs_max=nothing, grad_abs_mean=nothing)
+    gone: Any = dict.fromkeys(("grad_norm", "grad_abs_max", "grad_abs_mean"), nothing)
     terms = type(out.regularizers)((name, term.replace(**gone)) for name, term in out.regularizers.items())  # type: ignore[attr-defined]
     base = out.base_loss.replace(**gone)  # type: ignore[attr-defined]
     age = jnp.ones((), jnp.int32)
@@ -79,4 +81,6 @@ def _with_something_to_wait_on(rule: Any, out: CustomLossOutput) -> CustomLossOu
 def _check_names(rule: Any, ruled: tuple[str, ...], chosen: Mapping[str, Array]) -> None:
     missing = [name for name in ruled if name not in chosen]
     if missing:
-        raise ValueError(f"weighting {called(rule)}: it gave no weight for term {missing[0]!r}, which it moves")
+        raise ValueError(
+            f"weighting {called(rule)}: it gave no weight for term {missing[0]!r}, which it moves"
+        )

@@ -1,7 +1,7 @@
 """What an objective carries from step to step.
 
-The step, for schedules; each stateful term's own state; the weights that a rule chose, and the rule's own; what
-was measured last, where it is measured now and then, and the aggregator's own. Arrays under string keys.
+The step, for schedules; each stateful term's own state; the weights that a rule chose, and the rule's own;
+what was measured last, where it is measured now and then, and the aggregator's own. Arrays under string keys.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def none_if_empty(state: PyTree) -> PyTree:
 
 
 def next_state(state: PyTree, by_name: Mapping[str, PyTree], moved: Mapping[str, PyTree]) -> PyTree:
-    """The state for the next step: of this step's, of what each term made of its own, and of what else moved."""
+    """The state for the next step, of this step's, what each term made of its own, and what else moved."""
     if state is None:
         return {}
     if not isinstance(state, Mapping):

@@ -110,7 +110,8 @@ def _aggregation(plan: Plan, done: Pass, ask: Ask) -> AggregationOutput | None:
         return None
     names = _names(plan, ask.combine.space)
     return AggregationOutput(
-        Regularizers((name, done.combined.coefficients[k]) for k, name in enumerate(names)), done.combined.metrics
+        Regularizers((name, done.combined.coefficients[k]) for k, name in enumerate(names)),
+        done.combined.metrics,
     )
 
 

@@ -1,4 +1,4 @@
-"""The weights of a step: constants, schedules read at the state's step, or what a rule chose at the last one."""
+"""The weights of a step: constants, schedules read at the state's step, or what a rule chose."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("norms", [False, True, jr.GradNorms(wrt="outputs", gramian=True), jr.GradNorms(chunk_size=2)])
+@pytest.mark.parametrize(
+    "norms", [False, True, jr.GradNorms(wrt="outputs", gramian=True), jr.GradNorms(chunk_size=2)]
+)
 def test_in_output_space_one_pullback_of_the_combination(rng, norms):
     params, batch = problem(rng)
     objective = composed(norms, on_params=True, aggregator=Tilt())
@@ -95,7 +97,9 @@ def test_in_output_space_one_pullback_of_the_combination(rng, norms):
     assert (out.total_grad_norm is None) == (norms is False)
 
 
-@pytest.mark.parametrize("norms", [False, True, jr.GradNorms(gramian=True, chunk_size=2), jr.GradNorms(every=2)])
+@pytest.mark.parametrize(
+    "norms", [False, True, jr.GradNorms(gramian=True, chunk_size=2), jr.GradNorms(every=2)]
+)
 def test_in_params_space_all_terms_are_combined(rng, norms):
     params, batch = problem(rng)
     objective = composed(norms, on_params=True, aggregator=Tilt(wrt="params"))
@@ -152,7 +156,9 @@ def test_changing_a_number_compiles_nothing(rng):
     counted = chex.assert_max_traces(lambda out, batch: a(out, batch), n=1)
 
     def build(power):
-        return jr.compose(base, [dict(name="a", fn=counted, weight=1.0)], forward=model, aggregator=Tilt(power))
+        return jr.compose(
+            base, [dict(name="a", fn=counted, weight=1.0)], forward=model, aggregator=Tilt(power)
+        )
 
     for power in (1.0, 2.0, np.float32(3), jnp.asarray(0.5)):
         build(power).value_and_grad(params, batch)
@@ -234,7 +240,9 @@ def test_vmap_over_weights_and_scan(rng):
     weights = jnp.asarray([0.0, 0.5, 2.0])
     (_, out), _ = jax.vmap(lambda w: objective.with_weights({"a": w}).value_and_grad(params, batch))(weights)
     (_, one), _ = objective.with_weights({"a": 0.5}).value_and_grad(params, batch)
-    np.testing.assert_allclose(out.aggregation.coefficients["a"][1], one.aggregation.coefficients["a"], rtol=1e-5)
+    np.testing.assert_allclose(
+        out.aggregation.coefficients["a"][1], one.aggregation.coefficients["a"], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,11 @@ def test_vmap_over_weights_and_scan(rng):
         (Tilt(wrt="rows"), {}, "wrt is 'outputs', 'params' or None"),
         (Tilt(wrt="params"), dict(forward=None), "needs to know the model"),
         (Tilt(wrt="params"), dict(track_grad_norms=jr.GradNorms(wrt="outputs")), "one space for both"),
-        (Tilt(wrt="params"), dict(track_grad_norms=jr.GradNorms(params="v")), "leave params= out, or combine"),
+        (
+            Tilt(wrt="params"),
+            dict(track_grad_norms=jr.GradNorms(params="v")),
+            "leave params= out, or combine",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(aggregator, rest, message):

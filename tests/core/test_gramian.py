@@ -209,7 +209,9 @@ def test_a_forward_that_cannot_be_vmapped_goes_term_by_term(rng):
 
     def build(norms):
         term = dict(name="l2", fn=lambda x, batch: jnp.sum(x**2), weight=0.5)
-        return jr.compose(lambda x, batch: jnp.sum(x), [term], forward=lambda p, b: strange(p), track_grad_norms=norms)
+        return jr.compose(
+            lambda x, batch: jnp.sum(x), [term], forward=lambda p, b: strange(p), track_grad_norms=norms
+        )
 
     x = jnp.asarray(rng.normal(size=5), jnp.float32)
     with pytest.raises(Exception, match="chunk_size=1"):
