@@ -1,6 +1,6 @@
 """The aggregator of an objective: what it must be, and what it makes of a Gramian.
 
-It is a function from a Gramian [K, K] to coefficients [K], or an object whose ``solve(gramian, *, key, state)``
+It is a function from a Gramian [K, K] to coefficients [K], or has a ``solve(gramian, *, key, state)`` that
 gives ``(coefficients, metrics, state)``, such as those of `jaxreg.aggregation`.
 """
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxreg.base.types import Array
-from jaxreg.core.gramian import cosines
 
 
 class Conflict(NamedTuple):
@@ -32,7 +31,7 @@ def conflicts_of(names: Sequence[str], gramian: Array, below: float) -> list[Con
             f"the Gramian has shape {np.shape(gramian)}, so the output holds more than one step (vmap, "
             f"scan): take one, jax.tree.map(lambda a: a[i], out)"
         )
-    values = np.asarray(cosines(gramian))
+    values = host_cosines(gramian)
     pairs = [
         Conflict(names[i], names[j], float(values[i, j]))
         for i in range(len(names))
@@ -40,3 +39,14 @@ def conflicts_of(names: Sequence[str], gramian: Array, below: float) -> list[Con
         if values[i, j] < below
     ]
     return sorted(pairs, key=lambda pair: pair.cosine)
+
+
+def host_cosines(gramian: Array) -> np.ndarray:
+    """`jaxreg.core.gramian.cosines` of a Gramian whose numbers are there, without a device."""
+    gram = np.asarray(gramian, np.float64)
+    norms = np.sqrt(np.diagonal(gram))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.clip(gram / np.outer(norms, norms), -1, 1)
+    ratio[(norms == 0)[:, None] | (norms == 0)[None, :]] = 0
+    np.fill_diagonal(ratio, np.where(np.isnan(norms), np.nan, 1))
+    return ratio

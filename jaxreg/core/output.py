@@ -14,7 +14,7 @@ import numpy as np
 from jaxreg.base import html
 from jaxreg.base.shown import columns, never_fails
 from jaxreg.base.types import Array, PyTree
-from jaxreg.core.conflicts import Conflict, conflicts_of
+from jaxreg.core.conflicts import Conflict, conflicts_of, host_cosines
 from jaxreg.core.gramian import cosines
 from jaxreg.core.shown import output_rows, output_title, term_text, text_columns
 from jaxreg.core.spec import BASE, RESERVED_METRICS, TOTAL
@@ -182,7 +182,8 @@ class CustomLossOutput:
 
         Numbers that are not finite become None; the names of the terms that made them are then
         listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"loss_total"`` where only a
-        sum overflowed).
+        sum overflowed). ``"cosines"`` (by the first term of a pair, then by the second), ``"norms_age"`` and
+        ``"aggregation"`` are there only where the step has them.
 
         Raises:
           ValueError: the output holds more than one step (it went through vmap or scan).
@@ -197,7 +198,9 @@ class CustomLossOutput:
         ``loss/total``, ``loss/base``, ``loss/regularizer_total``, ``grad_norm/total``,
         ``grad_norm/base``, ``loss/base/<metric>``, and for each term ``reg/<name>/value``,
         ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
-        ``…/<metric>``. Numbers that are not finite stay as they are.
+        ``…/<metric>``. With a Gramian also ``cosine/<term>/<term>``, a pair in the order of the terms; with norms
+        now and then ``norms/age``; with an aggregator ``aggregation/coefficient/<term>`` and
+        ``aggregation/<metric>``. Numbers that are not finite stay as they are.
         """
         numbers = flat(_nested(self.on_host(), lambda number: number))
         return {name: number for name, number in numbers.items() if number is not None}
@@ -254,7 +257,27 @@ def _nested(host: CustomLossOutput, number: Callable[[Any], float | None]) -> di
         },
         "regularizer_total": number(host.regularizer_total),
         "total_grad_norm": number(host.total_grad_norm),
+        **_nested_rest(host, number),
     }
+
+
+def _nested_rest(host: CustomLossOutput, number: Callable[[Any], float | None]) -> dict[str, Any]:
+    """What only some steps have."""
+    rest: dict[str, Any] = {}
+    if host.gramian is not None:
+        names, values = host.gramian_terms, host_cosines(host.gramian)
+        rest["cosines"] = {
+            first: {names[j]: number(values[i, j].item()) for j in range(i + 1, len(names))}
+            for i, first in enumerate(names[:-1])
+        }
+    if host.norms_age is not None:
+        rest["norms_age"] = number(host.norms_age)
+    if host.aggregation is not None:
+        rest["aggregation"] = {
+            "coefficients": {name: number(own) for name, own in host.aggregation.coefficients.items()},
+            "metrics": {name: number(own) for name, own in host.aggregation.metrics.items()},
+        }
+    return rest
 
 
 def flat(report: Mapping[str, Any]) -> dict[str, float | None]:
@@ -278,6 +301,13 @@ def flat(report: Mapping[str, Any]) -> dict[str, float | None]:
     for name, term in report["regularizers"].items():
         numbers |= {f"reg/{name}/{key}": term[key] for key in RESERVED_METRICS}
         numbers |= {f"reg/{name}/{key}": metric for key, metric in term["custom"].items()}
+    for first, others in report.get("cosines", {}).items():
+        numbers |= {f"cosine/{first}/{second}": cosine for second, cosine in others.items()}
+    if "norms_age" in report:
+        numbers["norms/age"] = report["norms_age"]
+    if aggregation := report.get("aggregation"):
+        numbers |= {f"aggregation/coefficient/{n}": own for n, own in aggregation["coefficients"].items()}
+        numbers |= {f"aggregation/{n}": own for n, own in aggregation["metrics"].items()}
     return numbers
 
 
@@ -303,6 +333,10 @@ def _nonfinite(host: CustomLossOutput) -> list[str]:
     """Names of the terms with a number that is not finite; 'loss_total' if only a sum overflowed."""
     named: dict[str, BaseLossOutput | RegularizerOutput] = {BASE: host.base_loss} | dict(host.regularizers)
     names = [name for name, term in named.items() if not all(map(_is_finite, _numbers(term)))]
+    if host.gramian is not None:
+        squares = zip(host.gramian_terms, np.diagonal(host.gramian), strict=True)
+        known = set(names) | {name for name, square in squares if not np.isfinite(square)}
+        names = [name for name in named if name in known]
     totals = (host.loss_total, host.regularizer_total, host.total_grad_norm)
     if not names and not all(map(_is_finite, totals)):
         names.append(TOTAL)

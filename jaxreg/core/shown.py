@@ -8,6 +8,7 @@ from typing import Any
 from jaxreg.base.shown import called, number, readable
 from jaxreg.core.aggregate import whose_gradients
 from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.spec import BASE
 
 Rows = list[list[str]]
 NORMS = ("grad_norm", "grad_norm_weighted")
@@ -16,12 +17,13 @@ TEXT = ("term", "on", "function", "metrics")  # the columns that hold no numbers
 
 def output_rows(out: Any) -> Rows:
     """One row a term, the base loss first and the total last; columns that would be empty are left out."""
-    rows = [["term", "value", "weight", "contribution", *NORMS, "metrics"]]
-    base = out.base_loss
-    rows.append(_term_row("base loss", base, "", base.value, base.grad_norm))
+    rows = [["term", "value", "weight", "contribution", *NORMS, "coefficient", "metrics"]]
+    base, coefficients = out.base_loss, getattr(out.aggregation, "coefficients", {})
+    rows.append(_term_row("base loss", base, "", base.value, base.grad_norm, coefficients.get(BASE)))
     for name, term in _items(out.regularizers):
-        rows.append(_term_row(name, term, number(term.weight), term.contribution, term.grad_norm_weighted))
-    rows.append(["total", "", "", number(out.loss_total), "", number(out.total_grad_norm), ""])
+        of_term = (number(term.weight), term.contribution, term.grad_norm_weighted, coefficients.get(name))
+        rows.append(_term_row(name, term, *of_term))
+    rows.append(["total", "", "", number(out.loss_total), "", number(out.total_grad_norm), "", ""])
     kept = [i for i in range(len(rows[0])) if i < 4 or _is_filled(row[i] for row in rows[1:])]
     return [[row[i] for i in kept] for row in rows]
 
@@ -37,6 +39,8 @@ def output_title(out: Any) -> str:
     has = [f"state for step {number(state['step'])}"] if "step" in state else []
     has += ["state of " + ", ".join(map(repr, state["terms"]))] if state.get("terms") else []
     has += ["aux"] if out.aux is not None else []
+    if (age := readable(out.norms_age)) is not None and age.ndim == 0 and age > 0:
+        has += [f"norms of {number(age)} step{'s' * (age > 1)} ago"]
     return "CustomLossOutput" + (f" (with {', '.join(has)})" if has else "")
 
 
@@ -88,7 +92,9 @@ def weight_text(plan: Plan, leaves: Leaves, name: str) -> str:
     return constant if held.all() else mover
 
 
-def _term_row(name: str, term: Any, weight: str, contribution: Any, norm: Any) -> list[str]:
+def _term_row(
+    name: str, term: Any, weight: str, contribution: Any, norm: Any, coefficient: Any
+) -> list[str]:
     return [
         name,
         number(term.value),
@@ -96,6 +102,7 @@ def _term_row(name: str, term: Any, weight: str, contribution: Any, norm: Any) -
         number(contribution),
         number(term.grad_norm),
         number(norm),
+        number(coefficient),
         _metrics(term.custom),
     ]
 

@@ -150,7 +150,22 @@ def record(data: Mapping[str, Any]) -> Record:
         for key in RESERVED_METRICS:
             if (value := term.get(key)) is not None:
                 values[f"reg/{name}/{key}"] = _number(value)
+    values |= _of_pairs(data)
     return Record(_step(data.get("step")), values, tuple(terms), _nonfinite(data, base, terms))
+
+
+def _of_pairs(data: Mapping[str, Any]) -> dict[str, float]:
+    """What a step has with a Gramian, with norms now and then, and with an aggregator."""
+    cosines, aggregation = data.get("cosines") or {}, data.get("aggregation") or {}
+    if not isinstance(cosines, dict) or not isinstance(aggregation, dict):
+        raise ValueError("cosines or aggregation is not an object")
+    values: dict[str, float] = {}
+    for first, others in cosines.items():
+        values |= _numbers(others, f"cosine/{first}/")
+    if (age := data.get("norms_age")) is not None:
+        values["norms/age"] = _number(age)
+    values |= _numbers(aggregation.get("coefficients"), "aggregation/coefficient/")
+    return values | _numbers(aggregation.get("metrics"), "aggregation/")
 
 
 def _nonfinite(data: Mapping[str, Any], base: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[str, ...]:
