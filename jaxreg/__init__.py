@@ -1,5 +1,6 @@
 """Compose named loss terms into one compiled JAX objective, and see what every term does."""
 
+from jaxreg import aggregation as aggregation
 from jaxreg import client as client
 from jaxreg import earlier as _earlier  # noqa: F401
 from jaxreg import host as host
@@ -7,6 +8,7 @@ from jaxreg import losses as losses
 from jaxreg import regularizers as regularizers
 from jaxreg import telemetry as telemetry
 from jaxreg import testing as testing
+from jaxreg import weighting as weighting
 from jaxreg.base.releases import WrongGradientsWarning as WrongGradientsWarning
 from jaxreg.base.version import __version__ as __version__
 from jaxreg.batch.token_batch import TokenBatch as TokenBatch

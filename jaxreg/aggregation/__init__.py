@@ -1,6 +1,7 @@
 """What replaces the plain sum of the terms' weighted gradients: functions from their Gramian to coefficients.
 
-Imports ``base``; it knows no objective, so each is of use by itself. Read first: `aggregator.py`, then `cone.py`.
+Imports ``base``; it knows no objective, so each is of use by itself. Read first: `aggregator.py`, then
+`cone.py`.
 """
 
 from jaxreg.aggregation.aggregator import Aggregator as Aggregator

@@ -1,13 +1,14 @@
 """What an aggregator is: a Gramian in, coefficients out.
 
-The rows of a Gramian belong to the *weighted* gradients of the terms, the base loss first, so a term's weight is
-its preference. An aggregator is a frozen dataclass and a pytree: its numbers are leaves, and changing one
+The rows of a Gramian belong to the *weighted* gradients of the terms, the base loss first, so a term's weight
+is its preference. An aggregator is a frozen dataclass and a pytree: its numbers are leaves, and changing one
 compiles nothing; its choices (`wrt`, `nonfinite`, modes) are static.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
@@ -33,11 +34,12 @@ class Combination(NamedTuple):
     state: PyTree = None
 
 
-def static(default: Any) -> Any:
+def static(*, default: Any) -> Any:
     """A field that is a choice and no number."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def registered(kind: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree of its numbers."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(kind))
@@ -49,10 +51,10 @@ class Aggregator:
 
     Args:
       wrt: whose gradients an objective combines with it: ``"outputs"``, with one pullback of the model;
-        ``"params"``, by the exact Gramian in parameter space, with one pullback a term and one more. **None** is
-        ``"outputs"``.
-      nonfinite: what becomes of a Gramian with NaN or ∞ in it. ``"propagate"``: all coefficients are NaN, as a
-        plain sum would be. ``"drop"``: the plain sum of the gradients that are finite. ``"raise"``: a
+        ``"params"``, by the exact Gramian in parameter space, with one pullback a term and one more. **None**
+        is ``"outputs"``.
+      nonfinite: what becomes of a Gramian with NaN or ∞ in it. ``"propagate"``: all coefficients are NaN, as
+        a plain sum would be. ``"drop"``: the plain sum of the gradients that are finite. ``"raise"``: a
         `FloatingPointError` where the numbers are at hand, and ``"propagate"`` where JAX traces.
 
     Attributes:
@@ -61,8 +63,8 @@ class Aggregator:
       non_conflicting: whether the combination has no negative inner product with any of the gradients.
     """
 
-    wrt: Literal["outputs", "params"] | None = static(None)
-    nonfinite: Literal["propagate", "drop", "raise"] = static("propagate")
+    wrt: Literal["outputs", "params"] | None = static(default=None)
+    nonfinite: Literal["propagate", "drop", "raise"] = static(default="propagate")
 
     needs_key: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
@@ -85,8 +87,8 @@ class Aggregator:
             rows = np.flatnonzero(~np.isfinite(np.asarray(gramian)).all(axis=-1))
             if rows.size:
                 raise FloatingPointError(
-                    f"{type(self).__name__}: rows {rows.tolist()} of the Gramian are not finite; nonfinite='drop' "
-                    f"takes the plain sum of the others"
+                    f"{type(self).__name__}: rows {rows.tolist()} of the Gramian are not finite; "
+                    f"nonfinite='drop' takes the plain sum of the others"
                 )
         return found
 
@@ -96,8 +98,8 @@ class Aggregator:
         Args:
           gramian: [K, K], symmetric, float32 or float64.
           key: a random key, of those with ``needs_key``.
-          state: ``init(K)`` or the last ``Combination.state``, of those that are ``stateful``; without it, as in
-            the first step.
+          state: ``init(K)`` or the last ``Combination.state``, of those that are ``stateful``; without it, as
+            in the first step.
         """
         gramian = self._checked(gramian, key)
         if self.stateful and state is None:
@@ -150,6 +152,7 @@ def in_range(who: str, name: str, value: Any, low: float, high: float, *, open_l
         if isinstance(value, str | bool | type(None)):
             raise TypeError(f"{who}: {name} is a number, got {value!r}")
         return
+    value = float(value)
     if not (low < value if open_low else low <= value) or not value <= high:
         sign = "<" if open_low else "≤"
         bound = f"{low:g} {sign} {name}" + (f" ≤ {high:g}" if np.isfinite(high) else "")

@@ -30,8 +30,8 @@ class Agreement(NamedTuple):
 def agreement(cosines: Array, right: Array, power: Array | float, present: Array) -> Agreement:
     """``y > 0`` with ``C·y = right · y^(−power)``, by a damped Newton method in log y.
 
-    It is where the convex ``½·yᵀCy − Σ right·y^(1−power)/(1−power)`` is least; its Hessian times y on both sides
-    is what log y needs, up to a part that vanishes at the solution.
+    It is where the convex ``½·yᵀCy − Σ right·y^(1−power)/(1−power)`` is least; its Hessian times y on both
+    sides is what log y needs, up to a part that vanishes at the solution.
     """
     count = len(right)
     ridged = cosines + RIDGE * jnp.eye(count, dtype=cosines.dtype)
@@ -43,7 +43,7 @@ def agreement(cosines: Array, right: Array, power: Array | float, present: Array
         return y, left, given
 
     def worth(logs: Array) -> Array:
-        y, left, given = off(logs)
+        _, left, given = off(logs)
         return jnp.max(jnp.where(present, jnp.abs(left - given) / given, 0))
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -58,7 +58,8 @@ def agreement(cosines: Array, right: Array, power: Array | float, present: Array
         change = lax.linalg.triangular_solve(root, half, left_side=True, lower=True, transpose_a=True)[:, 0]
         change = -change * scale
         decrement = jnp.sqrt(jnp.maximum(-slope @ change, 0))
-        # In y the step is y·change, damped as for a self-concordant function; far steps go by their logarithm.
+        # In y the step is y·change, damped as for a self-concordant function; far steps go by their
+        # logarithm.
         size = jnp.where(decrement > 0.25, 1 / (1 + decrement), 1.0)
         moved = logs + jnp.log1p(jnp.clip(size * change, -0.9, 9.0))
         usable = jnp.all(jnp.isfinite(moved))
@@ -78,8 +79,8 @@ class FairGrad(Aggregator):
     """The α-fair allocation of progress among the terms (Ban & Ji 2024): ``G·c = c^(−1/α)``, c > 0.
 
     Args:
-      alpha: 1, proportional fairness, is the bargaining of `NashMTL`; 2, minimal potential delay; towards ∞, the
-        worst-off counts alone; 0 is the mean.
+      alpha: 1, proportional fairness, is the bargaining of `NashMTL`; 2, minimal potential delay; towards ∞,
+        the worst-off counts alone; 0 is the mean.
 
     The coefficients' scale depends on that of the gradients: ``1/‖g‖`` at α = 1, so that all steps have about
     the length √K. Of gradients that are opposite there is no solution, and the residual says so.
@@ -102,7 +103,8 @@ class FairGrad(Aggregator):
         split, count = parts(gramian), len(gramian)
         alpha = jnp.asarray(self.alpha, gramian.dtype)
         power = 1 / jnp.where(alpha > 0, alpha, 1)
-        # In y = c·‖g‖ the equation is C·y = ‖g‖^(power−1)·y^(−power). The powers are taken of a length near 1.
+        # In y = c·‖g‖ the equation is C·y = ‖g‖^(power−1)·y^(−power). The powers are taken of a length near
+        # 1.
         typical = jnp.exp(jnp.mean(jnp.log(split.divisors)))
         right = (split.divisors / typical) ** (power - 1)
         found = agreement(split.cosines, right, power, split.present)
@@ -122,8 +124,8 @@ class NashMTL(Aggregator):
       max_norm: the longest that the combination may be; 0 for no limit. The paper takes 1.
       update_every: how many steps a solution is used for (static).
 
-    Its state is ``{"coefficients": [K], "step": int32}``. Of gradients that are opposite there is no agreement,
-    and the residual says so.
+    Its state is ``{"coefficients": [K], "step": int32}``. Of gradients that are opposite there is no
+    agreement, and the residual says so.
 
     Cost: some ten linear systems [K, K], at every ``update_every``-th step.
 
@@ -135,7 +137,7 @@ class NashMTL(Aggregator):
     """
 
     max_norm: float = 1.0
-    update_every: int = static(1)
+    update_every: int = static(default=1)
 
     stateful: ClassVar[bool] = True
 

@@ -17,16 +17,16 @@ from jaxreg.base.types import Array, PyTree
 class UPGrad(Aggregator):
     """Every gradient projected onto the dual cone of all, and the projections added up (Quinton & Rey 2024).
 
-    ``Σᵢ argmin ‖d − gᵢ‖ over d with gⱼ·d ≥ 0 for all j``. Where no two gradients conflict it is the plain sum,
-    with all coefficients 1; where they do, no term's loss grows to first order. A term's projection scales with
-    its weight, and the cone does not depend on the weights at all.
+    ``Σᵢ argmin ‖d − gᵢ‖ over d with gⱼ·d ≥ 0 for all j``. Where no two gradients conflict it is the plain
+    sum, with all coefficients 1; where they do, no term's loss grows to first order. A term's projection
+    scales with its weight, and the cone does not depend on the weights at all.
 
     Args:
-      reg_eps: what is added to the Gramian's diagonal, so that nearly parallel and opposite gradients have one
-        solution; relative to ``relative_to``.
-      relative_to: ``"diagonal"``, each term's own squared norm, so that small gradients are protected as large
-        ones are; ``"trace"``, the sum of all, as TorchJD has it, where terms whose norm is less than a hundredth of
-        the largest are hardly protected.
+      reg_eps: what is added to the Gramian's diagonal, so that nearly parallel and opposite gradients have
+        one solution; relative to ``relative_to``.
+      relative_to: ``"diagonal"``, each term's own squared norm, so that small gradients are protected as
+        large ones are; ``"trace"``, the sum of all, as TorchJD has it, where terms whose norm is less than a
+        hundredth of the largest are hardly protected.
 
     Cost: K quadratic programs of K variables, [K, K] arithmetic inside the compiled step.
 
@@ -40,7 +40,7 @@ class UPGrad(Aggregator):
     """
 
     reg_eps: float = 1e-4
-    relative_to: Literal["diagonal", "trace"] = static("diagonal")
+    relative_to: Literal["diagonal", "trace"] = static(default="diagonal")
 
     non_conflicting: ClassVar[bool] = True
 
@@ -77,7 +77,7 @@ class DualProj(Aggregator):
     """
 
     reg_eps: float = 1e-4
-    relative_to: Literal["diagonal", "trace"] = static("diagonal")
+    relative_to: Literal["diagonal", "trace"] = static(default="diagonal")
 
     non_conflicting: ClassVar[bool] = True
 

@@ -38,9 +38,9 @@ def shortest(gramian: Array, present: Array) -> Solution:
 class MGDA(Aggregator):
     """The shortest vector in the convex hull of the gradients (Désidéri 2012).
 
-    It conflicts with no gradient and is 0 exactly where the point is Pareto-stationary. The coefficients add up
-    to 1, so the step is as short as the shortest gradient or shorter: small gradients decide. Gradients that are
-    0 are left out, where the paper would call the point stationary.
+    It conflicts with no gradient and is 0 exactly where the point is Pareto-stationary. The coefficients add
+    up to 1, so the step is as short as the shortest gradient or shorter: small gradients decide. Gradients
+    that are 0 are left out, where the paper would call the point stationary.
 
     Cost: one quadratic program of K variables.
 
@@ -62,13 +62,13 @@ class MGDA(Aggregator):
 class CAGrad(Aggregator):
     """The direction near the mean gradient that improves the worst-off term most (Liu et al. 2021).
 
-    ``max over ‖d − g₀‖ ≤ c·‖g₀‖ of minᵢ gᵢ·d``, with the mean gradient g₀: ``g₀ + c·‖g₀‖·g_w/‖g_w‖``, where w on
-    the simplex minimizes ``g_w·g₀ + c·‖g₀‖·‖g_w‖``.
+    ``max over ‖d − g₀‖ ≤ c·‖g₀‖ of minᵢ gᵢ·d``, with the mean gradient g₀: ``g₀ + c·‖g₀‖·g_w/‖g_w‖``, where w
+    on the simplex minimizes ``g_w·g₀ + c·‖g₀‖·‖g_w‖``.
 
     Args:
       c: the radius, from 0, the mean gradient, to below 1; the paper takes 0.4.
-      norm_eps: where ``‖g_w‖`` is less than this part of the gradients' norm all together, the point counts as
-        Pareto-stationary, and the coefficients are 0.
+      norm_eps: where ``‖g_w‖`` is less than this part of the gradients' norm all together, the point counts
+        as Pareto-stationary, and the coefficients are 0.
 
     Cost: some thirty quadratic programs of K variables, one after the other.
 

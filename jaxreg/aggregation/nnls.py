@@ -40,7 +40,7 @@ def nnls(q: Array, b: Array) -> Solution:
       q: [K, K], symmetric and positive definite.
       b: [K].
     """
-    count, eps = len(b), jnp.finfo(b.dtype).eps
+    count, eps = len(b), float(jnp.finfo(b.dtype).eps)
     diagonal = jnp.diagonal(q)
     scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
     q, b = q * scale[:, None] * scale[None, :], b * scale  # the diagonal is 1, whatever the terms' scales are
@@ -79,7 +79,7 @@ def nnls(q: Array, b: Array) -> Solution:
         return state._replace(z=jnp.where(free, z, 0), free=free, rounds=state.rounds + 1)
 
     def _without_newest(state: _State) -> _State:
-        """The one just freed cannot be above 0 either, but for rounding: leave it, until something changes."""
+        """The one just freed cannot be above 0, but for rounding: leave it, until something changes."""
         it = jax.nn.one_hot(state.newest, count, dtype=bool)
         free = state.free & ~it
         # Only what is wanted is freed, so without it z is as it was, and the next round looks for another.

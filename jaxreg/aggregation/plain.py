@@ -43,8 +43,8 @@ class Mean(Aggregator):
 
 @registered
 class Random(Aggregator):
-    """Coefficients drawn anew at every step, the softmax of normal numbers (Lin et al. 2022): the baseline that
-    every method has to beat. They add up to 1.
+    """Coefficients drawn anew at every step, the softmax of normal numbers (Lin et al. 2022): the baseline
+    that every method has to beat. They add up to 1.
 
     Example:
       >>> import jax, jax.numpy as jnp

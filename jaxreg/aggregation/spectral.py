@@ -34,8 +34,8 @@ def pseudo_solve(matrix: Array, right: Array) -> tuple[Array, Array]:
 class IMTLG(Aggregator):
     """The combination whose projections on all gradients are equal (Liu et al. 2021, IMTL-G).
 
-    The coefficients, ``G⁺·√diag(G)`` over their sum, add up to 1 and may be negative; where the sum is 0, as for
-    opposite gradients, they are 0.
+    The coefficients, ``G⁺·√diag(G)`` over their sum, add up to 1 and may be negative; where the sum is 0, as
+    for opposite gradients, they are 0.
 
     Cost: two eigendecompositions [K, K].
 
@@ -52,7 +52,8 @@ class IMTLG(Aggregator):
         largest = jnp.where(largest > 0, largest, 1)
         wanted = split.present.astype(gramian.dtype)
         of_units, full = pseudo_solve(split.cosines, wanted)
-        # Of gradients that depend on one another the paper's solution is the shortest, in the terms' own scales.
+        # Of gradients that depend on one another the paper's solution is the shortest, in the terms' own
+        # scales.
         scaled = gramian / largest / largest
         lengths = split.lengths / largest
         dependent, _ = pseudo_solve(scaled, lengths)
@@ -71,7 +72,8 @@ class IMTLG(Aggregator):
 class ConFIG(Aggregator):
     """The direction with equal cosines to all gradients, as long as they reach along it (Liu et al. 2024).
 
-    ``Uᵀ(UUᵀ)⁺·1`` of the unit gradients U, with the length ``Σᵢ gᵢ·direction``. For physics-informed networks.
+    ``Uᵀ(UUᵀ)⁺·1`` of the unit gradients U, with the length ``Σᵢ gᵢ·direction``. For physics-informed
+    networks.
 
     Cost: one eigendecomposition [K, K].
 
@@ -101,13 +103,13 @@ class ConFIG(Aggregator):
 class AlignedMTL(Aggregator):
     """Gradients replaced by the nearest ones that are orthogonal and of one length (Senushkin et al. 2023).
 
-    ``B = √λ·V·Λ^(−½)·Vᵀ`` of the Gramian's eigenvalues Λ and vectors V; the coefficients are ``B·1``, the sum of
-    the aligned gradients. Eigenvalues that are rounding next to the largest are left out, so in float32
+    ``B = √λ·V·Λ^(−½)·Vᵀ`` of the Gramian's eigenvalues Λ and vectors V; the coefficients are ``B·1``, the sum
+    of the aligned gradients. Eigenvalues that are rounding next to the largest are left out, so in float32
     gradients more than a thousand times shorter than the longest are lost: give terms weights of one scale.
 
     Args:
-      scale_mode: the common length's square λ: ``"min"`` of the eigenvalues, as in the paper, ``"median"``, or
-        ``"rmse"``, their mean.
+      scale_mode: the common length's square λ: ``"min"`` of the eigenvalues, as in the paper, ``"median"``,
+        or ``"rmse"``, their mean.
 
     Cost: one eigendecomposition [K, K].
 
@@ -118,7 +120,7 @@ class AlignedMTL(Aggregator):
       [1.0, 0.5]
     """
 
-    scale_mode: Literal["min", "median", "rmse"] = static("min")
+    scale_mode: Literal["min", "median", "rmse"] = static(default="min")
 
     def _check(self) -> None:
         one_of("AlignedMTL", "scale_mode", self.scale_mode, ("min", "median", "rmse"))

@@ -53,13 +53,15 @@ class PCGrad(Aggregator):
 
 @registered
 class GradVac(Aggregator):
-    """Gradients turned towards one another until their cosines reach those that were usual (Wang et al. 2021).
+    """Gradients turned towards one another until their cosines reach those that were usual (Wang et al.
+    2021).
 
-    For every ordered pair a moving average of the cosine is its target; below it, so much of the other gradient
-    is added as brings the cosine there. With targets of 0 at first.
+    For every ordered pair a moving average of the cosine is its target; below it, so much of the other
+    gradient is added as brings the cosine there. With targets of 0 at first.
 
     Args:
-      beta: how fast the targets follow, from 0 (never: it corrects as PCGrad does) to 1; the paper takes 0.01.
+      beta: how fast the targets follow, from 0 (never: it corrects as PCGrad does) to 1; the paper takes
+        0.01.
 
     Its state is ``{"targets": [K, K]}``.
 

@@ -198,8 +198,8 @@ class CustomLossOutput:
         ``loss/total``, ``loss/base``, ``loss/regularizer_total``, ``grad_norm/total``,
         ``grad_norm/base``, ``loss/base/<metric>``, and for each term ``reg/<name>/value``,
         ``…/weight``, ``…/contribution``, ``…/grad_norm``, ``…/grad_norm_weighted`` and
-        ``…/<metric>``. With a Gramian also ``cosine/<term>/<term>``, a pair in the order of the terms; with norms
-        now and then ``norms/age``; with an aggregator ``aggregation/coefficient/<term>`` and
+        ``…/<metric>``. With a Gramian also ``cosine/<term>/<term>``, a pair in the order of the terms; with
+        norms now and then ``norms/age``; with an aggregator ``aggregation/coefficient/<term>`` and
         ``aggregation/<metric>``. Numbers that are not finite stay as they are.
         """
         numbers = flat(_nested(self.on_host(), lambda number: number))

@@ -92,9 +92,7 @@ def weight_text(plan: Plan, leaves: Leaves, name: str) -> str:
     return constant if held.all() else mover
 
 
-def _term_row(
-    name: str, term: Any, weight: str, contribution: Any, norm: Any, coefficient: Any
-) -> list[str]:
+def _term_row(name: str, term: Any, weight: str, contribution: Any, norm: Any, coefficient: Any) -> list[str]:
     return [
         name,
         number(term.value),
