@@ -61,6 +61,8 @@ class Aggregator:
       needs_key: whether ``key=`` has to be given.
       stateful: whether it carries something from step to step.
       non_conflicting: whether the combination has no negative inner product with any of the gradients.
+      linear: whether the combination of gradients that are all scaled is scaled alike.
+      asymmetric: whether the first gradient, the base loss's, has a part of its own.
     """
 
     wrt: Literal["outputs", "params"] | None = static(default=None)
@@ -69,6 +71,8 @@ class Aggregator:
     needs_key: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     non_conflicting: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    asymmetric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         who = type(self).__name__

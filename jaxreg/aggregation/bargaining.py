@@ -96,6 +96,8 @@ class FairGrad(Aggregator):
 
     alpha: float = 1.0
 
+    linear: ClassVar[bool] = False
+
     def _check(self) -> None:
         in_range("FairGrad", "alpha", self.alpha, 0.0, jnp.inf)
 
@@ -140,6 +142,7 @@ class NashMTL(Aggregator):
     update_every: int = static(default=1)
 
     stateful: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
     def _check(self) -> None:
         in_range("NashMTL", "max_norm", self.max_norm, 0.0, jnp.inf)

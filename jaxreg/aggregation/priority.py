@@ -28,6 +28,8 @@ class PCD(Aggregator):
       beta: the decay of the moving averages.
       eps: what is added to a moving average.
 
+    The residual, ``kkt_residual``, is 1 where the conditions exclude one another.
+
     Its state is ``{"squares": [K], "step": int32}``.
 
     Cost: one quadratic program of K variables.
@@ -44,6 +46,8 @@ class PCD(Aggregator):
     eps: float = 1e-8
 
     stateful: ClassVar[bool] = True
+    asymmetric: ClassVar[bool] = True
+    linear: ClassVar[bool] = False  # eps has a scale
 
     def _check(self) -> None:
         in_range("PCD", "tau", self.tau, 0.0, 1.0)
@@ -79,4 +83,7 @@ class PCD(Aggregator):
         combined = jnp.where(nothing, 0, scaled)
         coefficients = jnp.where(possible & (own[0] > 0), combined, jnp.where(own[0] > 0, eye[0], 0))
         following = {"squares": squares.astype(state["squares"].dtype), "step": step}
-        return Combination(coefficients, {"kkt_residual": found.residual}, following)
+        # What cancels in the direction has lost digits.
+        lost = jnp.finfo(dtype).eps * size / jnp.where(length > 0, length, 1)
+        residual = jnp.where(possible, jnp.maximum(found.residual, lost), 1)
+        return Combination(coefficients, {"kkt_residual": residual}, following)

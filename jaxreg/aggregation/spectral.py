@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def pseudo_solve(matrix: Array, right: Array) -> tuple[Array, Array]:
     """``matrix⁺ · right`` of a symmetric matrix, and whether it has its full rank."""
     values, vectors = jnp.linalg.eigh(matrix)
-    floor = jnp.max(jnp.abs(values)) * len(right) * jnp.finfo(matrix.dtype).eps
-    kept = values > floor
+    kept = values > _floor(values, matrix.dtype)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
 
     def solved(right: Array) -> Array:
@@ -90,12 +89,15 @@ class ConFIG(Aggregator):
         own, _ = pseudo_solve(split.cosines, wanted)
         own = own * wanted
         length = length_of(split.cosines, own)
-        divisor = jnp.where(length > 0, length, 1)
+        rounding = 8 * len(own) * jnp.finfo(own.dtype).eps
+        nothing = length**2 <= rounding * jnp.sum(jnp.abs(own)) ** 2  # as of two gradients that are opposite
+        divisor = jnp.where(nothing, 1, length)
         largest = jnp.max(split.lengths)
         largest = jnp.where(largest > 0, largest, 1)
         along = jnp.matmul(split.cosines, own, precision=HIGHEST)
         reach = jnp.sum(split.lengths / largest * along) / divisor
         coefficients = reach * (own / divisor) * (largest / split.divisors)
+        coefficients = jnp.where(nothing, 0, coefficients)
         return Combination(coefficients, {"residual": _spread(along, split.present)})
 
 
@@ -105,7 +107,8 @@ class AlignedMTL(Aggregator):
 
     ``B = √λ·V·Λ^(−½)·Vᵀ`` of the Gramian's eigenvalues Λ and vectors V; the coefficients are ``B·1``, the sum
     of the aligned gradients. Eigenvalues that are rounding next to the largest are left out, so in float32
-    gradients more than a thousand times shorter than the longest are lost: give terms weights of one scale.
+    gradients more than a thousand times shorter than the longest are lost, and ``residual`` counts how many:
+    give terms weights of one scale.
 
     Args:
       scale_mode: the common length's square λ: ``"min"`` of the eigenvalues, as in the paper, ``"median"``,
@@ -129,7 +132,7 @@ class AlignedMTL(Aggregator):
         count, dtype = len(gramian), gramian.dtype
         trace = jnp.trace(gramian)
         values, vectors = jnp.linalg.eigh(gramian / jnp.where(trace > 0, trace, 1))
-        kept = values > jnp.max(values) * count * jnp.finfo(dtype).eps
+        kept = values > _floor(values, dtype)
         rank = jnp.sum(kept)
         # The eigenvalues rise, so those that are kept stand at the end; the lower of two in the middle.
         first = count - rank
@@ -141,8 +144,20 @@ class AlignedMTL(Aggregator):
         roots = jnp.where(kept, jnp.sqrt(scale / jnp.where(kept, values, 1)), 0)
         ones = jnp.ones(count, dtype)
         found = jnp.matmul(vectors, roots * jnp.matmul(vectors.T, ones, precision=HIGHEST), precision=HIGHEST)
-        lost = (count - rank).astype(dtype)
-        return Combination(jnp.where(rank > 0, found, ones), {"dimensions_lost": lost})
+        # The least that is kept has lost digits to the largest, and terms that are far shorter all of theirs.
+        least = values[jnp.minimum(first, count - 1)]
+        rounded = jnp.finfo(dtype).eps * jnp.max(values) / jnp.where(rank > 0, least, 1)
+        split = parts(gramian)
+        angles = jnp.linalg.eigvalsh(split.cosines)
+        independent = jnp.sum(angles > _floor(angles, split.cosines.dtype)) - jnp.sum(~split.present)
+        lost = jnp.maximum(independent - rank, 0).astype(dtype)
+        residual = jnp.where(rank > 0, jnp.maximum(rounded, lost), 0)
+        return Combination(jnp.where(rank > 0, found, ones), {"residual": residual})
+
+
+def _floor(values: Array, dtype: Any) -> Array:
+    """Eigenvalues up to here stand for 0: the Gramian was rounded before it came."""
+    return jnp.max(jnp.abs(values)) * (4 * (len(values) + 2) * float(jnp.finfo(dtype).eps))
 
 
 def _spread(along: Array, present: Array) -> Array:

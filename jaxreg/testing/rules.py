@@ -1,0 +1,195 @@
+"""Does a rule keep the contract that the built-in ones keep?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.base.shown import called, described
+from jaxreg.base.types import Array, PyTree
+from jaxreg.core.named import Regularizers
+from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+
+STEPS = 12
+
+
+class RuleCheckError(AssertionError):
+    """A rule breaks the contract; the message names every property that failed, and where."""
+
+
+def check_rule(
+    rule: Any, *, terms: Sequence[str] = ("a", "b", "c"), metrics: Sequence[str] = (), seed: int = 0
+) -> None:
+    """Check a rule of your own as the built-in ones are checked.
+
+    Over steps with made-up values and norms: it gives weights of its own terms only, finite and not negative,
+    at values and norms from 1e-15 to 1e15, too; its state keeps its structure and dtypes; ``jit`` changes
+    nothing; a step with NaN does not stick; it reads only what it says that it needs, and waits where norms
+    are not fresh.
+
+    Args:
+      rule: of `jaxreg.weighting`, or one's own.
+      terms: the objective's regularizers; those that the rule names have to be among them.
+      metrics: custom metrics that every term reports, if the rule reads some.
+      seed: of the numbers.
+
+    Raises:
+      RuleCheckError: naming every property that does not hold.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> jr.testing.check_rule(jr.weighting.gradient_balance("a", "b"))
+      >>> forgetful = jr.weighting.custom("a", lambda w: (w, {"n": w["a"]}), lambda out, s, w: (w, {}))
+      >>> jr.testing.check_rule(forgetful)
+      Traceback (most recent call last):
+      jaxreg.testing.rules.RuleCheckError: ...
+    """
+    subject = _Subject(rule, tuple(terms), tuple(metrics), seed)
+    failures = [f"- {name}: {what}" for name, check in _CHECKS.items() if (what := _tried(check, subject))]
+    if failures:
+        raise RuleCheckError("\n".join([f"{called(rule)} as a rule:", *failures]))
+
+
+class _Subject:
+    def __init__(self, rule: Any, terms: tuple[str, ...], metrics: tuple[str, ...], seed: int) -> None:
+        self.rule, self.terms, self.metrics = rule.bind(terms), terms, metrics
+        rng = np.random.default_rng(seed)
+        self.values, self.norms = np.exp(rng.normal(0, 0.4, (2, STEPS, len(terms) + 1)))
+        self._update = jax.jit(self.rule.update)
+        self.weights: dict[str, Array] = {name: jnp.full((), 0.7) for name in terms}
+
+    def output(
+        self, values: np.ndarray, norms: np.ndarray, *, age: int | None = None, needs: bool = True
+    ) -> Any:
+        """A step's output of these numbers, the base loss first."""
+
+        def rest(k: int) -> dict[str, Any]:
+            custom = {name: jnp.float32(values[k]) for name in self.metrics}
+            if not needs:
+                return {"custom": custom}
+            norm = jnp.float32(norms[k])
+            return {"custom": custom, "grad_norm": norm, "grad_abs_max": norm, "grad_abs_mean": norm / 3}
+
+        out = [jnp.float32(value) for value in values]
+        records = Regularizers(
+            (name, RegularizerOutput(name=name, value=out[k], weight=out[k], contribution=out[k], **rest(k)))
+            for k, name in enumerate(self.terms, 1)
+        )
+        stale = None if age is None else jnp.int32(age)
+        return CustomLossOutput(out[0], BaseLossOutput(out[0], **rest(0)), records, out[0], norms_age=stale)
+
+    def run(self, values: np.ndarray, norms: np.ndarray) -> list[dict[str, Any]]:
+        """The weights after every step."""
+        chosen, state = self.rule.init(self.weights)
+        found = []
+        for row in zip(values, norms, strict=True):
+            chosen, state = self._update(self.output(*row), state, {**self.weights, **chosen})
+            found.append({name: np.asarray(weight) for name, weight in chosen.items()})
+        return found
+
+
+def _tried(check: Callable[[_Subject], str | None], subject: _Subject) -> str | None:
+    try:
+        return check(subject)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
+
+
+def _names(subject: _Subject) -> str | None:
+    own = set(subject.rule.names)
+    first, state = subject.rule.init(subject.weights)
+    after, _ = subject.rule.update(
+        subject.output(subject.values[0], subject.norms[0]), state, subject.weights | first
+    )
+    for when, weights in (("init", first), ("update", after)):
+        if set(weights) != own:
+            return f"{when} gives weights of {sorted(weights)}, and it names {sorted(own)}"
+    return None
+
+
+def _state(subject: _Subject) -> str | None:
+    first, state = subject.rule.init(subject.weights)
+    out = subject.output(subject.values[0], subject.norms[0])
+    _, following = subject.rule.update(out, state, subject.weights | first)
+    if _described(following) != _described(state):
+        return f"it was {_described(state)} and became {_described(following)}"
+    return None
+
+
+def _jit(subject: _Subject) -> str | None:
+    first, state = subject.rule.init(subject.weights)
+    out, weights = subject.output(subject.values[0], subject.norms[0]), subject.weights | first
+    eager, _ = subject.rule.update(out, state, weights)
+    traced, _ = jax.jit(subject.rule.update)(out, state, weights)
+    same = all(np.allclose(eager[name], traced[name], rtol=1e-4) for name in subject.rule.names)
+    return None if same else f"{_plain(eager)} became {_plain(traced)}"
+
+
+def _ranges(subject: _Subject) -> str | None:
+    for scale in (1.0, 1e-15, 1e15):
+        for v, n in ((scale, 1.0), (1.0, scale), (scale, scale)):
+            for t, weights in enumerate(subject.run(subject.values * v, subject.norms * n)):
+                bad = {name: w for name, w in weights.items() if not (np.isfinite(w) and w >= 0)}
+                if bad:
+                    return f"at {v:g} times the values and {n:g} times the norms, step {t}: {_plain(bad)}"
+    return None
+
+
+def _nan(subject: _Subject) -> str | None:
+    values, norms = subject.values.copy(), subject.norms.copy()
+    values[3], norms[5] = np.nan, np.nan
+    last = subject.run(values, norms)[-1]
+    bad = {name: w for name, w in last.items() if not np.isfinite(w)}
+    return f"{_plain(bad)} long after it" if bad else None
+
+
+def _needs(subject: _Subject) -> str | None:
+    if subject.rule.needs:
+        return None
+    first, state = subject.rule.init(subject.weights)
+    out = subject.output(subject.values[0], subject.norms[0], needs=False)
+    subject.rule.update(out, state, subject.weights | first)
+    return None
+
+
+def _waits(subject: _Subject) -> str | None:
+    if not subject.rule.needs:
+        return None
+    first, state = subject.rule.init(subject.weights)
+    fresh = subject.rule.update(
+        subject.output(subject.values[0], subject.norms[0], age=0), state, subject.weights | first
+    )
+    old = subject.rule.update(
+        subject.output(subject.values[0], subject.norms[0], age=1), state, subject.weights | first
+    )
+    moved = [n for n in subject.rule.names if float(old[0][n]) != float(first[n])]
+    frozen = all(float(fresh[0][n]) == float(first[n]) for n in subject.rule.names)
+    return (
+        f"{moved} moved by norms that are a step old"
+        if moved and not frozen and len(moved) == len(first)
+        else None
+    )
+
+
+def _described(state: PyTree) -> str:
+    leaves, structure = jax.tree.flatten(state)
+    return f"{structure} of {[described(leaf) for leaf in leaves]}"
+
+
+def _plain(weights: dict[str, Any]) -> dict[str, float]:
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+_CHECKS: dict[str, Callable[[_Subject], str | None]] = {
+    "weights of its own terms": _names,
+    "a state of one structure": _state,
+    "the same under jit": _jit,
+    "finite and not negative": _ranges,
+    "NaN does not stick": _nan,
+    "it reads only what it needs": _needs,
+    "it waits for fresh norms": _waits,
+}
