@@ -23,6 +23,8 @@ MODULES = (
     "jaxreg.client",
     "jaxreg.client.payload",
     "jaxreg.host",
+    "jaxreg.weighting",
+    "jaxreg.aggregation",
     "jaxreg.telemetry",
     "jaxreg.testing",
 )

@@ -54,12 +54,22 @@ API = {
     ),
     "jaxreg.client.payload": ("Payloads", "`jr.client.payload`: a request without any SDK.", None),
     "jaxreg.host": ("Host terms", "`jr.host`: terms that are no arrays.", None),
+    "jaxreg.weighting": ("Weighting", "`jr.weighting`: rules that move weights.", "jaxreg.weighting.rule"),
+    "jaxreg.aggregation": (
+        "Aggregation",
+        "`jr.aggregation`: what replaces the plain sum of gradients.",
+        "jaxreg.aggregation.aggregator",
+    ),
     "jaxreg.telemetry": (
         "Telemetry",
         "`jr.telemetry`: events, sinks, warnings, recordings, reports. The events are:",
         "jaxreg.base.events",
     ),
-    "jaxreg.testing": ("Testing", "`jr.testing`: is this JAX right, and is this term?", None),
+    "jaxreg.testing": (
+        "Testing",
+        "`jr.testing`: is this JAX right, and is this term, rule or aggregator?",
+        None,
+    ),
 }
 
 

@@ -24,7 +24,8 @@ def finite_numbers(term: Subject) -> Iterator[str]:
             yield f"finite metrics: {name!r} is {float(metric)}"
     for path, leaf in zip(term.paths(), term.answer(term.x, term.batch).gradient, strict=True):
         if not finite(leaf).all():
-            yield f"finite gradient: {where(~finite(leaf))}{of(path)}"
+            place = f"{where(~finite(leaf))}{of(path)}"
+            yield f"finite gradient: it is not {place} (the usual cause: sqrt, a norm or log of 0)"
 
 
 def transformations(term: Subject) -> Iterator[str]:
