@@ -21,13 +21,8 @@ T = TypeVar("T")
 
 
 class Combination(NamedTuple):
-    """What an aggregator gives.
-
-    Attributes:
-      coefficients: [K], of the weighted gradients.
-      metrics: its own numbers, scalars by name.
-      state: what it carries to the next step, or None.
-    """
+    """What an aggregator gives: the coefficients [K] of the weighted gradients, its own numbers (scalars by
+    name), and what it carries to the next step, or None."""
 
     coefficients: Array
     metrics: dict[str, Array]
