@@ -22,7 +22,13 @@ T = TypeVar("T")
 
 class Combination(NamedTuple):
     """What an aggregator gives: the coefficients [K] of the weighted gradients, its own numbers (scalars by
-    name), and what it carries to the next step, or None."""
+    name), and what it carries to the next step, or None.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> jr.aggregation.Sum().solve(jnp.eye(2)).coefficients.tolist()
+      [1.0, 1.0]
+    """
 
     coefficients: Array
     metrics: dict[str, Array]
@@ -58,6 +64,12 @@ class Aggregator:
       non_conflicting: whether the combination has no negative inner product with any of the gradients.
       linear: whether the combination of gradients that are all scaled is scaled alike.
       asymmetric: whether the first gradient, the base loss's, has a part of its own.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> aggregator = jr.aggregation.UPGrad(nonfinite="drop")
+      >>> aggregator.non_conflicting, aggregator(jnp.diag(jnp.array([1.0, jnp.nan]))).tolist()
+      (True, [1.0, 0.0])
     """
 
     wrt: Literal["outputs", "params"] | None = static(default=None)

@@ -12,7 +12,13 @@ from jaxreg.base.types import Array
 
 
 class Conflict(NamedTuple):
-    """Two terms whose gradients pull against each other, and the cosine of the angle between them."""
+    """Two terms whose gradients pull against each other, and the cosine of the angle between them.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> jr.Conflict("base_loss", "kl", -0.5).cosine
+      -0.5
+    """
 
     first: str
     second: str

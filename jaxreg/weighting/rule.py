@@ -46,6 +46,12 @@ class Rule:
     Attributes:
       names: the terms whose weights it moves; none stands for all regularizers of the objective.
       needs: what it reads of the output besides the values: ``"norms"``, ``"absolutes"``.
+
+    Example:
+      >>> import jaxreg as jr
+      >>> rule = jr.weighting.gradient_balance().bind(("kl", "l2"))
+      >>> rule.names, sorted(rule.needs)
+      (('kl', 'l2'), ['norms'])
     """
 
     names: tuple[str, ...] = static(default=())

@@ -38,7 +38,7 @@ from jaxreg.aggregation import (
 from jaxreg.aggregation.surgery import orders
 
 COUNTS = (1, 2, 3, 6, 12, 32)
-CASES = {1: 25, 2: 60, 3: 60, 6: 60, 12: 40, 32: 12}
+CASES = {1: 10, 2: 40, 3: 40, 6: 40, 12: 15, 32: 4}
 OURS = {
     "upgrad": (UPGrad(), upgrad),
     "dualproj": (DualProj(), dualproj),
