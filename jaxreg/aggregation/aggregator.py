@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.pytrees import registered_dataclass
 from jaxreg.base.types import Array, PyTree
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def static(*, default: Any) -> Any:
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def registered(kind: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree of its numbers."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(kind))
+    return registered_dataclass(dataclasses.dataclass(frozen=True)(kind))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def nnls(q: Array, b: Array) -> Solution:
     b = b / size
 
     def step(state: _State) -> _State:
-        tried = _solve(q, b, state.free)
+        tried = solve_free(q, b, state.free)
         inside = jnp.all(jnp.where(state.free, tried > 0, True)) & jnp.all(jnp.isfinite(tried))
         fails = ~inside & (~jnp.isfinite(tried[state.newest]) | (tried[state.newest] <= 0))
         return jax.tree.map(
@@ -101,7 +101,7 @@ def _slope(q: Array, b: Array, z: Array, eps: float) -> tuple[Array, Array]:
     return slope, 4 * eps * (jnp.matmul(jnp.abs(q), z, precision=HIGHEST) + jnp.abs(b))
 
 
-def _solve(q: Array, b: Array, free: Array) -> Array:
+def solve_free(q: Array, b: Array, free: Array) -> Array:
     """The minimum over the free variables, the others being 0; refined once, for it is in float32."""
     both = free[:, None] & free[None, :]
     own = jnp.where(both, q, jnp.eye(len(b), dtype=q.dtype))

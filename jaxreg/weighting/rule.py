@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.base.names import did_you_mean
+from jaxreg.base.pytrees import registered_dataclass
 from jaxreg.base.shown import called
 from jaxreg.base.types import Array, PyTree
 
@@ -36,7 +37,7 @@ def static(**rest: Any) -> Any:
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def registered(kind: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree of its numbers."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, repr=False)(kind))
+    return registered_dataclass(dataclasses.dataclass(frozen=True, repr=False)(kind))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -59,7 +59,8 @@ def errors(name):
     aggregator, oracle = OURS[name]
     solve = jax.jit(jax.vmap(lambda gramian: aggregator.solve(gramian)[:2]))
     found = {}
-    for kind in KINDS:
+    # The oracle of CAGrad brackets a root, over fewer powers of ten than these gradients have.
+    for kind in KINDS if name != "cagrad" else KINDS[:-1]:
         for count in COUNTS:
             rows = gradients(kind, count, CASES[count])
             rows = rows[np.linalg.norm(rows, axis=(1, 2)) > 0]

@@ -89,7 +89,7 @@ def cagrad(rows, c=0.4):
         return np.zeros_like(mean)
     at = brentq(lambda log: np.log(max(length(log)[0], 1e-12)) - log, low, high, xtol=1e-13)
     found, weights = length(at)
-    if found < 1e-4:
+    if found <= 1e-3 * (weights @ np.linalg.norm(present, axis=1)):
         return np.zeros_like(mean)
     return scale * (mean + radius * (weights @ present) / found)
 
