@@ -33,6 +33,8 @@ class Warnings:
                        never give: x is of something else, such as probabilities or scores
     ``recompiles``     the same objective was compiled ``compiles`` times within ``compile_steps`` steps:
                        with what changed, shapes or functions
+    ``conflicts``      two terms' gradients have pulled against each other, cosine below ``cosine``, for
+                       ``conflict_steps`` steps, where a Gramian is tracked
     ``stands_still``   the state that the objective is given has been that of one step for ``still_steps``
                        steps: schedules and memory do not move
     =================  ====================================================================================
@@ -62,21 +64,27 @@ class Warnings:
         compiles: int | None = 8,
         compile_steps: int = 50,
         still_steps: int | None = 20,
+        cosine: float = -0.2,
+        conflict_steps: int | None = 100,
     ) -> None:
         if share is not None and not 0 < share < 1:
             raise ValueError(f"share is between 0 and 1, or None; got {share!r}")
+        if not -1 <= cosine <= 0:
+            raise ValueError(f"cosine is between -1 and 0, got {cosine!r}")
         for name, number in (
             ("zero_steps", zero_steps),
             ("share_steps", share_steps),
             ("compiles", compiles),
             ("compile_steps", compile_steps),
             ("still_steps", still_steps),
+            ("conflict_steps", conflict_steps),
         ):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is a whole number ≥ 1, got {number!r}")
         self._zero_steps, self._share, self._share_steps = zero_steps, share, share_steps
         self._compiles, self._compile_steps = compiles, compile_steps
         self._still_steps, self._state_step = still_steps, -1
+        self._cosine, self._conflict_steps = cosine, conflict_steps
         self._lasting: collections.Counter[tuple[str, str]] = collections.Counter()  # steps, by kind and term
         self._broken: set[str] = set()  # terms that are not finite just now
         self._steps = 0
@@ -88,6 +96,7 @@ class Warnings:
             self._steps += 1
             report = event.metadata["report"]
             self._look_at_terms(report, event.step)
+            self._look_at_pairs(report.get("cosines", {}), event.step)
             self._look_at_nll(report["base_loss"]["custom"].get("nll"), event.step)
             self._look_at_state(event.metadata.get("state_step"), event.step)
             self._look_at_numbers(report.get("nonfinite", []), event.step, event.metadata["inputs"])
@@ -113,6 +122,21 @@ class Warnings:
                 if self._lasts("dominates", name, has > self._share, self._share_steps):
                     what = f"{has:.1%} of the gradient has been its for {self._share_steps} steps"
                     _tell("dominates", name, f"term {name!r}: {what}", step, {"share": has})
+
+    def _look_at_pairs(self, cosines: Mapping[str, Mapping[str, float | None]], step: int | None) -> None:
+        if self._conflict_steps is None:
+            return
+        for first, others in cosines.items():
+            for second, value in others.items():
+                against = value is not None and value < self._cosine
+                if self._lasts("conflicts", f"{first}/{second}", against, self._conflict_steps):
+                    who = " and ".join(
+                        "the base loss" if n == BASE else f"term {n!r}" for n in (first, second)
+                    )
+                    what = f"{who} have pulled against each other for {self._conflict_steps} steps"
+                    remedy = "an aggregator (UPGrad) takes steps that make neither worse"
+                    numbers = {"cosine": float(value or 0)}
+                    _tell("conflicts", second, f"{what}, cosine {value:.2f}: {remedy}", step, numbers)
 
     def _zero(self, kind: str, what: str, name: str, is_zero: bool, step: int | None) -> None:
         if self._zero_steps is not None and self._lasts(kind, name, is_zero, self._zero_steps):

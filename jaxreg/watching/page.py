@@ -12,6 +12,7 @@ import numpy as np
 from jaxreg.core.spec import BASE
 from jaxreg.watching import live
 from jaxreg.watching.charts import Chart
+from jaxreg.watching.conflicts import conflicts
 from jaxreg.watching.legend import sentence
 from jaxreg.watching.records import Note
 from jaxreg.watching.run import Run
@@ -51,6 +52,7 @@ class Page:
                 *map(self._figure, self._charts),
                 *summaries(self._runs),
                 *differences(self._runs),
+                *conflicts(self._runs),
                 *(self._notes(run) for run in self._runs),
                 *(self._compiles(run) for run in self._runs),
             )
