@@ -53,7 +53,9 @@ def moved_weights(
     rule: Any, ruled: tuple[str, ...], out: CustomLossOutput, state: PyTree
 ) -> dict[str, PyTree]:
     """The next step's weights and the rule's next state, of this step's output."""
+    # Of its own terms what it chose itself, though an ablation may hold one at another weight in this step.
     weights: dict[str, Array] = {name: term.weight for name, term in out.regularizers.items()}
+    weights |= state["weights"]
     out = jax.lax.stop_gradient(_with_something_to_wait_on(rule, out))
     try:
         with jax.named_scope("weighting"):

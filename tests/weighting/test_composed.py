@@ -88,8 +88,9 @@ def test_it_touches_only_the_terms_that_it_names():
 def test_a_weight_that_was_set_is_kept_from_the_rule():
     objective = composed(W.adaptive_kl("kl", target=0.5), TERMS)
     held = objective.without("kl")
-    (_, out), _ = held.value_and_grad(jnp.zeros(3), state=held.init())
+    (_, out), _ = held.value_and_grad(jnp.zeros(3), state=objective.init())
     assert float(out.regularizers["kl"].weight) == 0
+    assert float(out.state["weights"]["kl"]) > 0  # what the rule chose goes on beside it
     assert "kl: 1, moved" in repr(objective)
     assert "kl: 0 ·" in repr(held)
     assert "AdaptiveKL('kl', target=0.5" in repr(objective)
