@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.pytrees import register_fields
 from jaxreg.base.shown import fields_of
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import BY_FIELD, TokenBatch
@@ -34,7 +35,7 @@ def term(cls: _Class) -> _Class:
     made.__eq__ = _equal
     made.__hash__ = _hash
     made.__repr__ = fields_of
-    jax.tree_util.register_dataclass(made, data, [name for name in names if name not in data])
+    register_fields(made, data, [name for name in names if name not in data])
     return cast(_Class, made)
 
 

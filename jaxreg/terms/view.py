@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 
+from jaxreg.base.pytrees import register_fields
 from jaxreg.base.shown import called, never_fails
 from jaxreg.base.types import PyTree, TermFn
 
@@ -54,7 +54,6 @@ class _TermsSignature:
         return None if made is None else inspect.signature(made.term)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["term"], meta_fields=["view"])
 @dataclasses.dataclass(frozen=True)
 class _Of:
     view: View
@@ -78,6 +77,9 @@ class _Of:
         if name.startswith("__") or name == "term":
             raise AttributeError(name)
         return getattr(self.term, name)
+
+
+register_fields(_Of, ["term"], ["view"])
 
 
 def field(tree: PyTree, path: str, who: str) -> PyTree:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxreg as jr
 from jaxreg import aggregation, weighting
 
 KINDS = [
@@ -30,8 +31,16 @@ KINDS = [
 
 
 def test_no_two_kinds_have_one_structure():
+    terms = [
+        jr.regularizers.WeightL1(),
+        jr.regularizers.WeightL2(),
+        jr.regularizers.LabelSmoothing(),
+        jr.regularizers.ZLoss(),
+        jr.regularizers.ConfidencePenalty(),
+        jr.of("a", jr.regularizers.ZLoss()),
+    ]
     rules = [weighting.softadapt(), weighting.dwa(), weighting.adaptive_kl("a", target=1.0)]
-    structures = [jax.tree.structure(made) for made in [*(kind() for kind in KINDS), *rules]]
+    structures = [jax.tree.structure(made) for made in [*(kind() for kind in KINDS), *rules, *terms]]
     for one, other in itertools.combinations(structures, 2):
         assert one != other
 
