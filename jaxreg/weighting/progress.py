@@ -23,6 +23,10 @@ class _OfValues(Rule):
         """Divided by the base loss's."""
         return {name: weights[k] / weights[0] for k, name in enumerate(self.names, start=1)}
 
+    def _from_logits(self, logits: Array) -> dict[str, Array]:
+        """Of a softmax, divided by the base loss's, though both be too small for float32."""
+        return {name: jnp.exp(logits[k] - logits[0]) for k, name in enumerate(self.names, start=1)}
+
     @property
     def _count(self) -> int:
         return len(self.names) + 1
@@ -48,7 +52,7 @@ class SoftAdapt(_OfValues):
         values = self._values(out)
         change = values - state["last"]
         total = jnp.sum(jnp.abs(change))
-        wanted = self._by_name(jax.nn.softmax(self.beta * change / jnp.where(total > 0, total, 1)))
+        wanted = self._from_logits(self.beta * change / jnp.where(total > 0, total, 1))
         moved = {name: jnp.where(state["seen"], wanted[name], weights[name]) for name in self.names}
         return moved, {"last": values, "seen": state["seen"] | jnp.all(jnp.isfinite(values))}
 
@@ -151,19 +155,18 @@ class DWA(_OfValues):
 
     def init(self, weights: Weights) -> Moved:
         """The weights given, and no values yet."""
-        state = {"last": self._zeros(), "before": self._zeros(), "count": jnp.zeros((), jnp.int32)}
+        state = {"last": self._zeros(), "count": jnp.zeros((), jnp.int32)}
         return super().init(weights)[0], state
 
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
         values = self._values(out)
         rates = values / jnp.where(state["last"] == 0, 1, state["last"])
-        wanted = self._by_name(jax.nn.softmax(rates / self.temperature))
+        wanted = self._from_logits(rates / self.temperature)
         known = jnp.all(jnp.isfinite(values))
         ready = (state["count"] > 0) & known
         moved = {name: jnp.where(ready, wanted[name], weights[name]) for name in self.names}
         following = {
             "last": jnp.where(known, values, state["last"]),
-            "before": state["last"],
             "count": state["count"] + known.astype(jnp.int32),
         }
         return moved, following
@@ -211,9 +214,8 @@ class FAMO(_OfValues):
         (slope,) = pull(fallen)
         logits = state["logits"] - self.rate * (slope + self.decay * state["logits"])
         logits = jnp.where(state["seen"], logits, state["logits"])
-        share = jax.nn.softmax(logits) / jnp.maximum(values, tiny)
         following = {"logits": logits, "last": logs, "seen": state["seen"] | jnp.all(jnp.isfinite(logs))}
-        return self._by_name(share), following
+        return self._from_logits(logits - jnp.log(jnp.maximum(values, tiny))), following
 
 
 def famo(*names: str, rate: float = 0.025, decay: float = 0.001) -> Rule:
@@ -256,7 +258,7 @@ class Uncertainty(_OfValues):
         step, optimizer = self.optimizer.update(jnp.where(known, slope, 0), state["optimizer"], last)
         moved = jnp.where(known, optax.apply_updates(last, step), last)
         kept = jax.tree.map(lambda new, old: jnp.where(known, new, old), optimizer, state["optimizer"])
-        return self._by_name(jnp.exp(-moved)), {"log_variances": moved, "optimizer": kept}
+        return self._from_logits(-moved), {"log_variances": moved, "optimizer": kept}
 
 
 def uncertainty(*names: str, optimizer: optax.GradientTransformation) -> Rule:

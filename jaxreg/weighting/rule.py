@@ -113,11 +113,7 @@ class Rule:
           state: of `init`, or the last `update`.
           weights: this step's, of its terms at least.
         """
-        if self.needs and _norm_of(out.base_loss) is None:
-            raise ValueError(
-                f"{self.who}: it reads the norms of the terms' gradients, and this output has none: compose "
-                f"with track_grad_norms=True and call objective.value_and_grad(...)"
-            )
+        self._check_measured(out)
         before = {name: _weight(weights[name]) for name in self.names}
         after, following = self._move(out, state, before)
         after = {name: jnp.asarray(after[name]).astype(before[name].dtype) for name in self.names}
@@ -127,11 +123,27 @@ class Rule:
         }
         following = jax.tree.map(_kept, state, following)
         if self.needs and out.norms_age is not None:
-            fresh = out.norms_age == 0
+            fresh = is_fresh(self, out)
             after, following = jax.tree.map(
                 lambda new, last: jnp.where(fresh, new, last), (after, following), (before, state)
             )
         return after, following
+
+    def _check_measured(self, out: Any) -> None:
+        """Refuse an output without what the rule needs, and name the term."""
+        if not self.needs:
+            return
+        if out.base_loss.grad_norm is None:
+            raise ValueError(
+                f"{self.who}: it reads the norms of the terms' gradients, and this output has none: compose "
+                f"with track_grad_norms=True and call objective.value_and_grad(...)"
+            )
+        for name in self.names:
+            if out.regularizers[name].grad_norm is None:
+                raise ValueError(
+                    f"{self.who}: term {name!r} is on params and has no gradient at the outputs, whose norms "
+                    f"are tracked: track those of the params, GradNorms(wrt='params'), or name other terms"
+                )
 
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
         raise NotImplementedError
@@ -213,6 +225,13 @@ def averaged(decay: Array | float, last: Array, new: Array, seen: Array) -> Arra
     return jnp.where(seen, decay * last + (1 - decay) * new, new)
 
 
+def is_fresh(rule: Rule, out: Any) -> Array:
+    """Whether a rule may go by this output: it needs no norms, or they are this step's own."""
+    if not rule.needs or out.norms_age is None:
+        return jnp.ones((), bool)
+    return jnp.asarray(out.norms_age == 0)
+
+
 def zero() -> Array:
     """0 in the dtype of weights."""
     return jnp.zeros((), jnp.result_type(float))
@@ -225,10 +244,6 @@ def flag() -> Array:
 
 def _weight(weight: Any) -> Array:
     return jnp.asarray(weight, jnp.result_type(float))
-
-
-def _norm_of(term: Any) -> Any:
-    return term.grad_norm
 
 
 def _kept(last: Any, new: Any) -> Any:

@@ -60,6 +60,7 @@ class AdaptiveKL(Rule):
         (name,) = self.names
         value = out.regularizers[name].value
         error = jnp.clip(value / self.target - 1, -self.limit, self.limit)
+        error = jnp.where(jnp.isfinite(value), error, jnp.nan)  # which moves nothing
         return {name: weights[name] * (1 + self.gain * error)}, state
 
 
@@ -139,6 +140,7 @@ class Geco(Rule):
         value = out.regularizers[name].value
         average = averaged(self.decay, state["average"], value, state["seen"])
         grown = weights[name] * jnp.exp(jnp.clip(self.rate * (average - self.bound), -20, 20))
+        grown = jnp.where(jnp.isfinite(value), grown, jnp.nan)  # which moves nothing
         return {name: grown}, {"average": average, "seen": state["seen"] | jnp.isfinite(value)}
 
 
@@ -195,7 +197,8 @@ def gradient_share(name: str, *, share: float = 0.1, decay: float = 0.9) -> Rule
       share: its weighted gradient norm over the base loss's, at least 0.
       decay: of the moving average, from 0 to 1.
 
-    Needs norms. Where the term's gradient is 0 the weight stays.
+    Needs norms. Where the term's gradient is 0 the weight stays; where it is nearly 0 at first, as of a KL to
+    the model itself, the ratio is immense for a while: put ``clip(rule, 0.0, most)`` around it.
 
     Example:
       >>> import jaxreg as jr

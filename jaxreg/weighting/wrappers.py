@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
-from jaxreg.weighting.rule import Moved, Rule, Weights, in_range, registered
+from jaxreg.weighting.rule import Moved, Rule, Weights, in_range, is_fresh, registered
 
 
 class _Wrapper(Rule):
@@ -62,6 +62,7 @@ class Ema(_Wrapper):
         """Moved a part of the way."""
         own, inner = self.inner.update(out, state["inner"], {**weights, **state["own"]})
         moved = {n: self.decay * weights[n] + (1 - self.decay) * own[n] for n in self.names}
+        moved = _chosen(is_fresh(self.inner, out), moved, {name: weights[name] for name in self.names})
         return moved, {"inner": inner, "own": own}
 
 
@@ -162,19 +163,21 @@ class Every(_Wrapper):
     def init(self, weights: Weights) -> Moved:
         """The inner rule's first weights."""
         own, state = self._inside(weights)
-        return own, {**state, "step": jnp.zeros((), jnp.int32)}
+        return own, {**state, "since": jnp.zeros((), jnp.int32)}
 
     def update(self, out: Any, state: PyTree, weights: Weights) -> Moved:
-        """The inner rule's after every n-th step, else the same."""
-        step = state["step"] + 1
+        """The inner rule's when so many steps have passed, and norms that it needs are fresh; else the same."""
+        since = state["since"] + 1
         own, inner = self.inner.update(out, state["inner"], weights)
         last = ({name: weights[name] for name in self.names}, state["inner"])
-        moved, kept = _chosen(step % self.steps == 0, (own, inner), last)
-        return moved, {"inner": kept, "step": step}
+        moves = (since >= self.steps) & is_fresh(self.inner, out)
+        moved, kept = _chosen(moves, (own, inner), last)
+        return moved, {"inner": kept, "since": jnp.where(moves, 0, since)}
 
 
 def every(rule: Rule, steps: int) -> Rule:
-    """A rule that moves after every n-th step only.
+    """A rule that moves after every n-th step only; one that needs norms, at the first one then that has
+    fresh ones.
 
     Example:
       >>> import jaxreg as jr

@@ -194,3 +194,60 @@ def test_ntk_trace_is_the_kernels():
     w, points = jnp.array([0.3, -0.7]), jnp.array([[1.0, 2.0], [0.5, -1.0], [0.0, 1.0]])
     jacobian = jax.jacobian(lambda w: jax.vmap(residual, (None, 0))(w, points))(w)
     np.testing.assert_allclose(W.ntk_trace(residual, w, points), np.trace(jacobian @ jacobian.T), rtol=1e-6)
+
+
+def test_now_and_then_meets_norms_now_and_then(rng):
+    rule = W.every(W.gradient_balance("a", decay=0.0), 4).bind(TERMS)
+    v, n, a = numbers(rng, 30)
+    weights, state = rule.init(dict.fromkeys(TERMS, jnp.ones(())))
+    moved = []
+    for t in range(30):
+        row = jax.tree.map(lambda x, t=t: x[t], (v, n, a))
+        after, state = rule.update(output(*row, age=jnp.int32(t % 4)), state, weights)
+        moved += [t] if float(after["a"]) != float(weights["a"]) else []
+        weights = after
+    assert moved == [4, 8, 12, 16, 20, 24, 28]
+
+
+def test_an_average_waits_for_fresh_norms(rng):
+    rule = W.ema(W.gradient_balance("a"), 0.5).bind(TERMS)
+    v, n, a = numbers(rng, 6)
+    weights, state = rule.init(dict.fromkeys(TERMS, jnp.ones(())))
+    found = []
+    for t in range(6):
+        row = jax.tree.map(lambda x, t=t: x[t], (v, n, a))
+        weights, state = rule.update(output(*row, age=jnp.int32(t % 3)), state, weights)
+        found.append(float(weights["a"]))
+    assert found[0] == found[1] == found[2] != found[3] == found[4] == found[5]
+
+
+@pytest.mark.parametrize("name", ["adaptive_kl", "geco", "dual_ascent", "clip"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_moves_nothing(name, bad, rng):
+    v, n, a = numbers(rng, 4)
+    v[2, 1] = bad
+    weights = np.asarray(run(ALL[name], v, n, a))[:, 0]
+    assert weights[2] == weights[1] != weights[3]
+
+
+def test_ratios_of_what_is_too_small_for_float32(rng):
+    v = np.ones((4, 4))
+    v[1:] = [1.0, 300.0, 200.0, 1.0]
+    assert np.isfinite(run(W.dwa(temperature=1.0), v, v, (v, v))).all()
+    tiny = {n: jnp.exp(jnp.float32(k)) for k, n in enumerate(TERMS)}
+    rule = W.dwa("a", temperature=1.0).bind(TERMS)
+    state = {"last": jnp.array([1.0, 1.0]), "count": jnp.int32(1)}
+    moved, _ = rule.update(output([-200.0, -201.0, 1.0, 1.0], v[0], (v[0], v[0])), state, tiny)
+    np.testing.assert_allclose(moved["a"], np.exp(-1), rtol=1e-5)
+
+
+def test_a_term_without_a_gradient_in_the_space_is_named(rng):
+    objective = jr.compose(
+        lambda out, batch: jnp.sum(out**2),
+        [dict(name="decay", fn=jr.regularizers.WeightL2(), weight=0.1)],
+        forward=lambda params, batch: params["w"] * 2,
+        track_grad_norms=jr.GradNorms(wrt="outputs"),
+        weighting=W.gradient_balance(),
+    )
+    with pytest.raises(ValueError, match=r"term 'decay' is on params .*GradNorms\(wrt='params'\)"):
+        objective.value_and_grad({"w": jnp.ones(2)}, state=objective.init())
