@@ -267,8 +267,9 @@ def uncertainty(*names: str, optimizer: optax.GradientTransformation) -> Rule:
 
     The log-variances are in the rule's state, ``out.state["rules"]["log_variances"]``, the base loss's first,
     and optax moves them by the closed form of their gradient, ``1 − exp(−s)·value``; ``loss_total`` is
-    without ``Σ sᵢ``. The base loss is one of them, and all weights are divided by its own. Values have to be
-    above 0.
+    without ``Σ sᵢ``. Without the
+    paper's factor ½ on s. The base loss is one of them, and all weights are divided by its own. Values have
+    to be above 0.
 
     Args:
       names: the terms; none stands for all.

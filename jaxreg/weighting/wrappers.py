@@ -166,7 +166,7 @@ class Every(_Wrapper):
         return own, {**state, "since": jnp.zeros((), jnp.int32)}
 
     def update(self, out: Any, state: PyTree, weights: Weights) -> Moved:
-        """The inner rule's when so many steps have passed, and norms that it needs are fresh; else the same."""
+        """The inner rule's when it is due and the norms that it needs are fresh, else the same."""
         since = state["since"] + 1
         own, inner = self.inner.update(out, state["inner"], weights)
         last = ({name: weights[name] for name in self.names}, state["inner"])
