@@ -37,8 +37,8 @@ from jaxreg.aggregation import (
 )
 from jaxreg.aggregation.surgery import orders
 
-COUNTS = (1, 2, 3, 6, 12, 32)
-CASES = {1: 10, 2: 40, 3: 40, 6: 40, 12: 15, 32: 4}
+COUNTS = (1, 2, 6, 32)
+CASES = {1: 10, 2: 60, 6: 60, 32: 4}
 OURS = {
     "upgrad": (UPGrad(), upgrad),
     "dualproj": (DualProj(), dualproj),
