@@ -40,6 +40,7 @@ def test_pairs_come_with_those_that_conflict_most_first(tmp_path):
 
 
 def test_the_page_has_them_and_no_markup_of_the_names(tmp_path):
+    pytest.importorskip("matplotlib")
     path = write(tmp_path / "run.jsonl")
     page = report(path, out=tmp_path / "out").read_text()
     assert "Which terms pull against each other" in page
