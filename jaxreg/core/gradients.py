@@ -12,7 +12,7 @@ In none of them does a term's backward pass run more than once, and the forward 
 multiplies the terms' weighted gradients by coefficients that it reads off their Gramian: in output space
 before the one pullback; in parameter space after the stacked one, and then the combination is pulled back
 once more, so that the stack need not outlive the products. Norms that are measured now and then are one
-branch of a conditional; the other is the first way.
+branch of a conditional; the other is the second way without the norms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxreg.base.types import PyTree
@@ -67,40 +66,21 @@ def _measured(terms: Sequence[BoundTerm], model: Model, x: PyTree, ask: Ask) -> 
 
 
 def _between(terms: Sequence[BoundTerm], model: Model, x: PyTree, ask: Ask) -> Pass:
-    """The pass of a step that measures nothing, with what was measured last."""
+    """The pass of a step that measures nothing, with what was measured last.
+
+    Every term has its own vjp here, too, so that a term at weight 0 is left out as in the steps that measure.
+    """
     assert ask.held is not None
-    if ask.combine is None:
-        return _pulled_once(terms, model, x)._replace(norms=ask.held.norms)
-    if ask.combines("outputs"):
-        rest = ask._replace(norms=None, held=None)
-        return in_outputs(terms, model, x, rest)._replace(norms=ask.held.norms)
-    combined = ask.held.combined
-    assert combined is not None
-    scales = scales_of(terms, members([t.on_params for t in terms], "params"), combined.coefficients)
+    if (combined := ask.held.combined) is None:
+        done = in_outputs(terms, model, x, ask._replace(norms=None, held=None))
+        return done._replace(norms=ask.held.norms)
+    scales = scales_of(terms, range(len(terms)), combined.coefficients)
     values, extras, gradients = term_gradients(terms, model.outputs, x)
-    on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
-    cotangent = weighted_sum(
-        [scales[i] for i in on_outputs], [gradients[i] for i in on_outputs], model.outputs
-    )
+    own = members([term.on_params for term in terms], "outputs")
+    cotangent = weighted_sum([scales[i] for i in own], [gradients[i] for i in own], model.outputs)
     gradient = with_params_terms(model.pull(cotangent), terms, scales, gradients)
     total = total_of(terms, values)
     return Pass(total, values, extras, model.aux, gradient, ask.held.norms, combined)
-
-
-def _pulled_once(terms: Sequence[BoundTerm], model: Model, x: PyTree) -> Pass:
-    """As `_plain`, from outputs that are there already."""
-
-    def total(outputs: PyTree, x: PyTree) -> tuple[Any, Pass]:
-        done = _evaluated(terms, outputs, x)
-        return done.total, done
-
-    on_params = any(term.on_params for term in terms)
-    of = (0, 1) if on_params else (0,)
-    (_, done), (cotangent, *direct) = jax.value_and_grad(total, of, has_aux=True)(model.outputs, x)
-    gradient = model.pull(cotangent)
-    if on_params:
-        gradient = jax.tree.map(jnp.add, gradient, direct[0])
-    return done._replace(aux=model.aux, gradient=gradient)
 
 
 def _evaluated(terms: Sequence[BoundTerm], outputs: PyTree, x: PyTree) -> Pass:

@@ -114,3 +114,16 @@ def test_vmap_over_params_and_states(rng):
     chex.assert_trees_all_close(jax.tree.map(lambda g: g[0], grads), grad, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(out.total_grad_norm[0], one.total_grad_norm, rtol=1e-5)
     assert model(params, batch)["y"].shape == (6,)
+
+
+@pytest.mark.parametrize("space", ["outputs", "params"])
+def test_a_term_at_weight_0_is_left_out_in_between_too(rng, space):
+    params, batch = problem(rng)
+    bad = dict(name="bad", fn=lambda out, batch: jnp.sqrt(jnp.sum(out["y"] * 0)), weight=0.0)
+    norms = jr.GradNorms(wrt=space, every=2)
+    objective = jr.compose(lambda out, batch: jnp.sum(out["y"]), [bad], forward=model, track_grad_norms=norms)
+    state = objective.init()
+    for _ in range(3):
+        (_, out), grads = objective.value_and_grad(params, batch, state=state)
+        chex.assert_tree_all_finite(grads)
+        state = out.state
