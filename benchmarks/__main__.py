@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/results too")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("compile", help="compile time of 32 terms")
+    commands.add_parser("upgrad", help="UPGrad in place of the plain sum, next to TorchJD's")
+    commands.add_parser("moving", help="norms now and then, and rules that move weights")
     commands.add_parser("client", help="the client's own work a step; needs --torch-python")
     commands.add_parser("host", help="host terms, and the cost of telemetry")
     soak = commands.add_parser("soak", help="steps that fail and are cancelled: leaks? needs psutil")
@@ -40,6 +42,8 @@ def main() -> None:
         from benchmarks.measure.table import machine
 
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
+    elif options.command == "moving":
+        _run_moving(options)
     elif options.command == "client":
         _run_client(options)
     elif options.command == "host":
@@ -49,7 +53,20 @@ def main() -> None:
 
         run_soak(options.steps)
     else:
-        _run_cases(options)
+        _run_cases(options, upgrad=options.command == "upgrad")
+
+
+def _run_moving(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.commands.moving import moving_tables
+    from benchmarks.measure.table import machine
+
+    tables, where = moving_tables(options.quick), machine({})
+    print(f"{tables}\n\n{where}")
+    if options.write:
+        path = RESULTS / f"moving-{jax.__version__}.md"
+        path.write_text(f"# Norms now and then, and rules, with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
 def _run_client(options: argparse.Namespace) -> None:
@@ -82,7 +99,7 @@ def _run_host(options: argparse.Namespace) -> None:
         path.write_text(f"# Host terms and telemetry with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
-def _run_cases(options: argparse.Namespace) -> None:
+def _run_cases(options: argparse.Namespace, upgrad: bool) -> None:
     import jax
 
     from benchmarks.cases import PROBLEMS
@@ -94,14 +111,14 @@ def _run_cases(options: argparse.Namespace) -> None:
     sections: list[str] = []
     versions: dict[str, str] = {}
     for case in [options.case] if options.case else PROBLEMS:
-        section, versions = run_case(case, torch_python, options.quick)
+        section, versions = run_case(case, torch_python, options.quick, upgrad)
         sections.append(section)
         print(section, flush=True)
     where = machine(versions)
     print(where)
     if options.write:
-        path = RESULTS / f"{jax.__version__}.md"
-        heading = f"# Timings with jax {jax.__version__}\n\n{where}.\n"
+        path = RESULTS / f"{'upgrad-' if upgrad else ''}{jax.__version__}.md"
+        heading = f"# {'UPGrad' if upgrad else 'Timings'} with jax {jax.__version__}\n\n{where}.\n"
         path.write_text("\n".join([heading, *sections]))
 
 

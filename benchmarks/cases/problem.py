@@ -54,14 +54,14 @@ class Problem:
             *parts,
         )
 
-    def objective(self, track_grad_norms: bool | jr.GradNorms) -> jr.CompositeLoss:
-        """The problem as jaxreg has it."""
+    def objective(self, track_grad_norms: bool | jr.GradNorms, **options: Any) -> jr.CompositeLoss:
+        """The problem as jaxreg has it; ``options`` are more of `jaxreg.compose`'s."""
         (_, base), *others = self.terms.items()
         specs = [
             jr.RegularizerSpec(name=name, fn=fn, weight=weight)
             for (name, fn), weight in zip(others, self.weights[1:], strict=True)
         ]
-        return jr.compose(base, specs, forward=self.forward, track_grad_norms=track_grad_norms)
+        return jr.compose(base, specs, forward=self.forward, track_grad_norms=track_grad_norms, **options)
 
 
 def leaves_by_name(prefix: str, tree: PyTree) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from statistics import median
 
 from benchmarks.cases import PROBLEMS
 from benchmarks.cases.problem import to_flat
+from benchmarks.contestants.combining import combining
 from benchmarks.contestants.in_jax import contestants
 from benchmarks.contestants.torch_worker import Worker
 from benchmarks.measure.answers import TOLERANCE, Answer, worst_error
@@ -25,10 +26,15 @@ LEGEND = (
 )
 
 
-def run_case(case: str, torch_python: str | None, quick: bool) -> tuple[str, dict[str, str]]:
-    """The case's section in Markdown, and the versions that the PyTorch worker reports."""
+def run_case(
+    case: str, torch_python: str | None, quick: bool, upgrad: bool = False
+) -> tuple[str, dict[str, str]]:
+    """The case's section in Markdown, and the versions that the PyTorch worker reports.
+
+    ``upgrad``: the contestants combine the terms' gradients by UPGrad, in place of the plain sum and norms.
+    """
     problem = PROBLEMS[case]()
-    ours = contestants(problem)
+    ours = (combining if upgrad else contestants)(problem)
     memory = {c.name: c.temp_memory() for c in ours}
     here: dict[str, Turn] = {c.name: c.turn for c in ours}
     there: dict[str, Turn] = {}
@@ -36,7 +42,7 @@ def run_case(case: str, torch_python: str | None, quick: bool) -> tuple[str, dic
     skipped, versions, processes = {"PyTorch, TorchJD": NO_TORCH}, {}, [os.getpid()]
     with contextlib.ExitStack() as stack:
         if torch_python:
-            worker = stack.enter_context(Worker(torch_python, case, to_flat(problem)))
+            worker = stack.enter_context(Worker(torch_python, case, to_flat(problem), upgrad))
             skipped, versions = worker.skipped, worker.versions
             processes.append(worker.process)
             there = {name: partial(worker.run, name) for name in worker.names}
@@ -57,7 +63,8 @@ def run_case(case: str, torch_python: str | None, quick: bool) -> tuple[str, dic
         for name in [*answers, *skipped]
     ]
     table = markdown(["", "median ms", "× hand-written", "temp memory MiB"], rows)
-    return f"## {problem.title}\n\n{table}\n\n{timings} {LEGEND}\n", versions
+    title = f"{problem.title.partition(', norms')[0]}, combined by UPGrad" if upgrad else problem.title
+    return f"## {title}\n\n{table}\n\n{timings} {LEGEND}\n", versions
 
 
 def _faults(answers: Mapping[str, Callable[[], Answer]], right: Answer) -> dict[str, str]:

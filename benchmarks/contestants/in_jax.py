@@ -52,19 +52,19 @@ class Contestant:
 def contestants(problem: Problem) -> list[Contestant]:
     """All JAX contestants for a problem; the hand-written step, which all ratios are to, is first."""
     problem = dataclasses.replace(problem, x=_on_device(problem.x), batch=_on_device(problem.batch))
-    shared = [hand_written(problem), _jaxreg(problem, "jaxreg, norms off", False)]
+    shared = [hand_written(problem), with_jaxreg(problem, "jaxreg, norms off", False)]
     if problem.forward is None:
         return [
             *shared,
-            _jaxreg(problem, "jaxreg, track_grad_norms=True", True),
+            with_jaxreg(problem, "jaxreg, track_grad_norms=True", True),
             _grad_a_term_besides(problem),
             _jacrev(problem),
         ]
     params, outputs = jr.GradNorms(wrt="params"), jr.GradNorms(wrt="outputs")
     return [
         *shared,
-        _jaxreg(problem, 'jaxreg, GradNorms(wrt="params")', params),
-        _jaxreg(problem, 'jaxreg, GradNorms(wrt="outputs")', outputs, "output norms"),
+        with_jaxreg(problem, 'jaxreg, GradNorms(wrt="params")', params),
+        with_jaxreg(problem, 'jaxreg, GradNorms(wrt="outputs")', outputs, "output norms"),
         _grad_a_term(problem),
         _jacrev(problem),
         _mapped_pullback(problem),
@@ -91,14 +91,22 @@ def plain_step(problem: Problem) -> Callable[[PyTree, PyTree], PyTree]:
     return step
 
 
-def _jaxreg(problem: Problem, name: str, track: bool | jr.GradNorms, norms_name: str = "norms") -> Contestant:
-    objective = problem.objective(track)
+def with_jaxreg(
+    problem: Problem,
+    name: str,
+    track: bool | jr.GradNorms,
+    norms_name: str = "norms",
+    direction: str = "gradient",
+    **options: Any,
+) -> Contestant:
+    """A composed objective's step; ``options`` are more of `jaxreg.compose`'s."""
+    objective = problem.objective(track, **options)
 
     def read(result: Any) -> Answer:
         (_, out), gradient = result
         terms = [out.base_loss, *out.regularizers.values()]
         norms = {norms_name: [t.grad_norm for t in terms]} if track else {}
-        return _answer({"values": [t.value for t in terms], "gradient": gradient} | norms)
+        return _answer({"values": [t.value for t in terms], "gradient": gradient} | norms, direction)
 
     program = jax.jit(jr.CompositeLoss.value_and_grad)
     arguments = (problem.x, problem.batch)
@@ -198,9 +206,9 @@ def _norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.zeros(())))
 
 
-def _answer(result: PyTree) -> Answer:
+def _answer(result: PyTree, direction: str = "gradient") -> Answer:
     vectors = {k: np.asarray(jnp.stack(jnp.asarray(v))) for k, v in _vectors(result).items()}
-    return vectors | leaves_by_name("gradient", result["gradient"])
+    return vectors | leaves_by_name(direction, result["gradient"])
 
 
 def _vectors(result: PyTree) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """PyTorch's contestants in a process of their own, which waits at a pipe between its turns.
 
-It is started with ``python -m benchmarks.contestants.torch_worker CASE ARRAYS.npz`` and says at once, as JSON
-on one line, which contestants it has. Then it reads a JSON list a line and answers with a line:
+It is started with ``python -m benchmarks.contestants.torch_worker CASE ARRAYS.npz [upgrad]`` and says at once,
+as JSON on one line, which contestants it has. Then it reads a JSON list a line and answers with a line:
 
 - ``["run", name]``: the seconds of one call, measured here;
 - ``["answer", name, path]``: writes what the contestant computes to path (.npz) and answers null,
@@ -40,12 +40,15 @@ class Worker:
     skipped: dict[str, str]
     versions: dict[str, str]
 
-    def __init__(self, python: str, case: str, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, python: str, case: str, arrays: dict[str, np.ndarray], upgrad: bool = False
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "arrays.npz"
         save(str(path), arrays)
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.contestants.torch_worker", case, str(path)],
+            [python, "-m", "benchmarks.contestants.torch_worker", case, str(path)]
+            + ["upgrad"] * upgrad,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,14 +109,14 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def _main(case: str, path: str) -> None:
+def _main(case: str, path: str, upgrad: str = "") -> None:
     import torch
 
-    from benchmarks.contestants.in_torch import contestants
+    from benchmarks.contestants import in_torch, torch_upgrad
 
     torch.set_num_threads(os.cpu_count() or 1)
     with np.load(path) as arrays:
-        steps, skipped = contestants(case, arrays)
+        steps, skipped = (torch_upgrad if upgrad else in_torch).contestants(case, arrays)
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__}
     if importlib.util.find_spec("torchjd"):
         versions["torchjd"] = importlib.metadata.version("torchjd")

@@ -6,8 +6,11 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-# "values" [K], "norms" (or "output norms", "untied norms") [K], and "gradient/<leaf>" of the total.
+# "values" [K], "norms" (or "output norms", "untied norms") [K], and one direction's "<direction>/<leaf>".
 Answer: TypeAlias = dict[str, np.ndarray]
+
+# The plain sum's gradient, and what UPGrad makes of the terms', combined at the outputs or in the parameters.
+DIRECTIONS = ("gradient", "upgrad outputs", "upgrad params")
 
 TOLERANCE = 1e-4
 
@@ -19,15 +22,22 @@ def save(path: str, arrays: Answer) -> None:
 
 def worst_error(answer: Answer, reference: Answer) -> tuple[float, str]:
     """The largest relative error and where it is: of each value and norm, of each gradient leaf."""
+    directions = {_kind(name) for name in answer} & set(DIRECTIONS)
     for name in reference:
-        if name.startswith(("values", "gradient")) and name not in answer:
+        if _kind(name) in {"values", *directions} and name not in answer:
             return np.inf, f"{name} (missing)"
+    if not directions:
+        return np.inf, "gradient (missing)"
     return max((_error(name, array, reference[name]), name) for name, array in answer.items())
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _error(name: str, array: np.ndarray, reference: np.ndarray) -> float:
     if array.shape != reference.shape:
         return np.inf
     gap, size = np.abs(np.asarray(array, np.float64) - reference), np.abs(reference)
-    error = np.max(gap) / np.max(size) if name.startswith("gradient") else np.max(gap / size)
+    error = np.max(gap) / np.max(size) if _kind(name) in DIRECTIONS else np.max(gap / size)
     return float(error) if np.isfinite(error) else np.inf

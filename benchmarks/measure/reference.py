@@ -1,4 +1,4 @@
-"""The same numbers in float64, one plain ``jax.grad`` a term, in a process of their own."""
+"""The same numbers in float64, one plain ``jax.grad`` a term and SciPy, in a process of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure.answers import Answer, save
+
+REG_EPS = 1e-4  # of all UPGrads here, relative to the Gramian's trace, as TorchJD has it
 
 
 def reference(case: str) -> Answer:
@@ -45,22 +47,52 @@ def _main(case: str, path: str) -> None:
 
     x, batch = _untied(wide(problem.x)), wide(problem.batch)
     outputs = jax.jit(problem.outputs)(x, batch)
-    values, gradients, output_norms = [], [], []
+    values, gradients, at_outputs = [], [], []
     for term in problem.terms.values():
         value, gradient = jax.jit(
             jax.value_and_grad(lambda x, batch, term=term: term(problem.outputs(x, batch), batch))
         )(x, batch)
         values.append(float(value))
         gradients.append(gradient)
-        output_norms.append(norm(jax.jit(jax.grad(term))(outputs, batch)))
+        at_outputs.append(np.asarray(jax.jit(jax.grad(term))(outputs, batch)))
     tied = [_tied(gradient) for gradient in gradients]
     answer = {
         "values": np.array(values),
         "norms": np.array([norm(gradient) for gradient in tied]),
         "untied norms": np.array([norm(gradient) for gradient in gradients]),
-        "output norms": np.array(output_norms),
+        "output norms": np.array([norm(gradient) for gradient in at_outputs]),
     }
-    save(path, answer | leaves_by_name("gradient", problem.weighted_sum(tied)))
+    answer |= leaves_by_name("gradient", problem.weighted_sum(tied))
+    for space, spanning in {"outputs": at_outputs, "params": tied}.items():
+        coefficients = upgrad(_gramian(spanning, problem.weights))
+        scaled = [jax.tree.map(lambda a, c=c: c * a, g) for c, g in zip(coefficients, tied, strict=True)]
+        answer |= leaves_by_name(f"upgrad {space}", problem.weighted_sum(scaled))
+    save(path, answer)
+
+
+def upgrad(gramian: np.ndarray, reg_eps: float = REG_EPS) -> np.ndarray:
+    """UPGrad's coefficients [K] (Quinton & Rey 2024), regularised relative to the trace, by SciPy's NNLS.
+
+    The i-th row minimises ``vᵀGv`` over ``v ≥ eᵢ``; with ``v = eᵢ + z`` and ``G = RᵀR`` it is
+    ``‖Rz + Reᵢ‖`` over ``z ≥ 0``.
+    """
+    import scipy.optimize
+
+    count = len(gramian)
+    root = np.linalg.cholesky(gramian / np.trace(gramian) + reg_eps * np.eye(count)).T
+    rows = [np.eye(count)[i] + scipy.optimize.nnls(root, -root[:, i])[0] for i in range(count)]
+    return np.asarray(np.sum(rows, axis=0))
+
+
+def _gramian(gradients: list[Any], weights: tuple[float, ...]) -> np.ndarray:
+    """Inner products [K, K] of the weighted gradients."""
+    flat = [np.concatenate([np.ravel(leaf) for leaf in _leaves(gradient)]) for gradient in gradients]
+    stacked = np.stack(flat) * np.asarray(weights)[:, None]
+    return stacked @ stacked.T
+
+
+def _leaves(gradient: Any) -> list[np.ndarray]:
+    return [*gradient.values()] if isinstance(gradient, dict) else [gradient]
 
 
 def _untied(x: Any) -> Any:

@@ -10,9 +10,9 @@ Three ways through, chosen when the program is traced:
 
 In none of them does a term's backward pass run more than once, and the forward pass is shared. An aggregator
 multiplies the terms' weighted gradients by coefficients that it reads off their Gramian: in output space
-before the one pullback; in parameter space after the stacked one, and then the combination is pulled back
-once more, so that the stack need not outlive the products. Norms that are measured now and then are one
-branch of a conditional; the other is the second way without the norms.
+before the one pullback, in parameter space after the stacked one. Norms that are measured now and then are
+one branch of a conditional; the other is the second way without the norms. Each branch runs the model itself:
+what its backward pass keeps would otherwise have to be written out at the conditional's door.
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ def differentiate(terms: Sequence[BoundTerm], forward: Forward | None, x: PyTree
     """The pass with the total's gradient with respect to x, and what else is asked for."""
     if ask.norms is None and ask.combine is None:
         return _plain(terms, forward, x)
-    model = run_forward(forward, x)
     if ask.held is None:
-        return _measured(terms, model, x, ask)
+        return _measured(terms, run_forward(forward, x), x, ask)
     return lax.cond(
         ask.held.fresh,
-        lambda: _as_held(_measured(terms, model, x, ask), ask),
-        lambda: _as_held(_between(terms, model, x, ask), ask),
+        lambda: _as_held(_measured(terms, run_forward(forward, x), x, ask), ask),
+        lambda: _as_held(_between(terms, run_forward(forward, x), x, ask), ask),
     )
 
 

@@ -16,6 +16,9 @@ from jaxreg.base.norm import real_parts
 from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array
 
+MOST_PAIRED = 32  # vectors; their 528 pairs compile in a second or two
+PLAIN_EXPONENT = 40  # norms from 2^-40 to 2^40, whose entries' squares float32 holds with all digits
+
 
 def power_of_two(norm: Array) -> Array:
     """The power of two at or below a norm, exactly; 1 where the norm is 0 or not finite."""
@@ -29,14 +32,45 @@ def power_of_two(norm: Array) -> Array:
 def inner_products(rows: Sequence[Array]) -> Array:
     """[K, K]: the inner products of K vectors whose parts are the leaves, each [K, ...]; of complex ones the
     real part, which is what a step along one changes in the other."""
-    total: Array | None = None
-    for part in real_parts(rows):
-        flat = part.reshape(part.shape[0], -1)
-        # HIGHEST: a TPU would multiply in bfloat16.
-        products = jnp.matmul(flat, flat.T, precision=lax.Precision.HIGHEST)
-        total = products if total is None else total + products
-    assert total is not None
+    total = sum((_contracted(part, part, 1) for part in real_parts(rows)), start=jnp.zeros(()))
     return (total + total.T) / 2
+
+
+def products_of_trees(trees: Sequence[object], scales: Array) -> tuple[Array, Array]:
+    """[K, K]: the inner products of K trees, each divided by its scale, and the scales that were used, [K].
+
+    On a CPU, where a product of few long rows is slow and so is making a stack of them, it is a product a
+    pair, of the trees as they are, as long as their squares are well within float32's range.
+    """
+
+    def stack(*trees: object) -> tuple[Array, Array]:
+        return inner_products(stacked(trees, scales)), scales
+
+    def pairs(*trees: object) -> tuple[Array, Array]:
+        parts = [real_parts(jax.tree.leaves(tree)) for tree in trees]
+        upper = {(i, j): _product(parts[i], parts[j]) for i in range(count) for j in range(i, count)}
+        found = [[upper[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
+        return jnp.stack([jnp.stack(row) for row in found]), jnp.ones_like(scales)
+
+    def on_cpu(*trees: object) -> tuple[Array, Array]:
+        near = jnp.all((scales >= 2.0**-PLAIN_EXPONENT) & (scales <= 2.0**PLAIN_EXPONENT))
+        return lax.cond(near, pairs, stack, *trees)
+
+    count = len(trees)
+    if count > MOST_PAIRED:
+        return stack(*trees)
+    return lax.platform_dependent(*trees, cpu=on_cpu, default=stack)
+
+
+def _product(left: Sequence[Array], right: Sequence[Array]) -> Array:
+    return sum((_contracted(a, b, 0) for a, b in zip(left, right, strict=True)), start=jnp.zeros(()))
+
+
+def _contracted(left: Array, right: Array, keep: int) -> Array:
+    """The sum over all axes from ``keep`` on, which are not flattened: they may be sharded."""
+    axes = tuple(range(keep, left.ndim))
+    # HIGHEST: a TPU would multiply in bfloat16.
+    return lax.dot_general(left, right, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def gramian(products: Array, scales: Array, norms: Array, weights: Sequence[Array | None]) -> Array:

@@ -48,7 +48,7 @@ def in_params(terms: Sequence[BoundTerm], model: Model, params: PyTree, ask: Ask
 
     gram = None
     if norms.gramian or ask.combines("params"):
-        rows, gram = _with_gramian(terms, model, gradients, scales, norms, chosen, params)
+        rows, gram, back = _with_gramian(terms, model, gradients, scales, norms, chosen, params)
     else:
         stack = jax.tree.map(lambda *c: jnp.stack(c), *cotangents)
         rows = _rows(model, stack, [scales[i] for i in on_outputs], norms, chosen, params)
@@ -59,7 +59,8 @@ def in_params(terms: Sequence[BoundTerm], model: Model, params: PyTree, ask: Ask
         assert gram is not None
         combined = ask.combine.solve(gram)
         scales = scales_of(terms, range(len(terms)), combined.coefficients)
-        gradient = model.pull(weighted_sum([scales[i] for i in on_outputs], cotangents, model.outputs))
+        again = [_times(scales[i], back[k]) for k, i in enumerate(on_outputs)]
+        gradient = weighted_sum(again, _unstacked(rows.pulled, len(again)), params)
     elif not all(chosen):
         # Only the chosen leaves are pulled back for every term: what follows takes the others from
         # one plain pullback of the weighted sum, so their rows are dead code to XLA.
@@ -105,11 +106,10 @@ def _rows(
         return _rows_in_chunks(model, stack, scales, norms, chosen, params)
     pulled = pull_rows(model.pull, stack, norms.chunk_size)
     leaves = _pick(pulled, chosen)
-    one_each = [jax.tree.map(lambda g, k=k: g[k], pulled) for k in range(len(scales))]
     return Rows(
         l2_norm(leaves, keep_leading=True),
         absolutes(leaves, keep_leading=True) if norms.absolutes else None,
-        weighted_sum(scales, one_each, params),
+        weighted_sum(scales, _unstacked(pulled, len(scales)), params),
         pulled,
     )
 
@@ -129,8 +129,8 @@ def _rows_in_chunks(
     weights = jnp.stack([jnp.ones((), plain) if s is None else s.astype(plain) for s in scales])
 
     def add(total: PyTree, pulled: PyTree, weights: Array) -> tuple[PyTree, Rows]:
-        one_each = [jax.tree.map(lambda g, k=k: g[k], pulled) for k in range(len(weights))]
-        total = jax.tree.map(jnp.add, total, weighted_sum(list(weights), one_each, total))
+        here = weighted_sum(list(weights), _unstacked(pulled, len(weights)), total)
+        total = jax.tree.map(jnp.add, total, here)
         leaves = _pick(pulled, chosen)
         sizes = absolutes(leaves, keep_leading=True) if norms.absolutes else None
         return total, Rows(l2_norm(leaves, keep_leading=True), sizes)
@@ -149,11 +149,11 @@ def _with_gramian(
     norms: GradNorms,
     chosen: Sequence[bool],
     params: PyTree,
-) -> tuple[Rows, Array]:
+) -> tuple[Rows, Array, Array]:
     """The same, and the inner products with one another and with the terms on params.
 
     Each cotangent is divided by a power of two near its norm, so that what comes back has the model's own
-    scale, whatever the term's is.
+    scale, whatever the term's is. The last result is these powers, [M], of the rows that were pulled back.
     """
     on_outputs = [i for i, term in enumerate(terms) if not term.on_params]
     on_params = [i for i, term in enumerate(terms) if term.on_params]
@@ -182,11 +182,16 @@ def _with_gramian(
     if rows.absolutes:
         largest, mean = rows.absolutes
         sized = (largest * sizes.astype(largest.dtype), mean * sizes.astype(mean.dtype))
-    return rows._replace(norms=lengths[0], absolutes=sized), gram
+    return rows._replace(norms=lengths[0], absolutes=sized), gram, sizes
 
 
 def _times(scale: Array | None, size: Array) -> Array:
     return size if scale is None else scale * size
+
+
+def _unstacked(stack: PyTree, count: int) -> list[PyTree]:
+    """The trees of a stack [K, ...] a leaf."""
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], stack) for k in range(count)]
 
 
 def _pick(tree: PyTree, chosen: Sequence[bool]) -> list[Array]:
