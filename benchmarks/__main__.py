@@ -66,7 +66,9 @@ def _run_moving(options: argparse.Namespace) -> None:
     print(f"{tables}\n\n{where}")
     if options.write:
         path = RESULTS / f"moving-{jax.__version__}.md"
-        path.write_text(f"# Norms now and then, and rules, with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
+        path.write_text(
+            f"# Norms now and then, and rules, with jax {jax.__version__}\n\n{where}.\n\n{tables}\n"
+        )
 
 
 def _run_client(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from benchmarks.cases.problem import to_flat
 from benchmarks.contestants.combining import combining
 from benchmarks.contestants.in_jax import contestants
 from benchmarks.contestants.torch_worker import Worker
-from benchmarks.measure.answers import TOLERANCE, Answer, worst_error
+from benchmarks.measure.answers import TOLERANCE, UPGRAD_TOLERANCE, Answer, tolerance, worst_error
 from benchmarks.measure.reference import reference
 from benchmarks.measure.table import markdown
 from benchmarks.measure.timing import Turn, take_turns
@@ -21,7 +21,8 @@ from benchmarks.measure.timing import Turn, take_turns
 SECONDS, FEWEST_ROUNDS, QUICK_ROUNDS = 120.0, 5, 3
 NO_TORCH = "not run: this Python cannot import torch; name one that can with --torch-python PYTHON"
 LEGEND = (
-    f"Every contestant's values, norms and gradient agree with float64 to {TOLERANCE:g}. Temp memory "
+    f"Every contestant's values, norms and gradient agree with float64 to {TOLERANCE:g}, UPGrad's "
+    f"directions to {UPGRAD_TOLERANCE:g}. Temp memory "
     "is XLA's, the most that one of its programs takes beside arguments and results."
 )
 
@@ -76,7 +77,7 @@ def _faults(answers: Mapping[str, Callable[[], Answer]], right: Answer) -> dict[
         except RuntimeError as raised:
             faults[name] = f"does not run: {raised}"
             continue
-        if error > TOLERANCE:
+        if error > tolerance(where):
             faults[name] = f"WRONG: {where} off by {error:.1e}"
     return faults
 

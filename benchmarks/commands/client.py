@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.cases.client import Step, draw
 from benchmarks.contestants.torch_worker import Worker
-from benchmarks.measure.answers import TOLERANCE, worst_error
+from benchmarks.measure.answers import TOLERANCE, tolerance, worst_error
 from benchmarks.measure.table import markdown
 from benchmarks.measure.timing import take_turns, timed_turn
 
@@ -24,7 +24,7 @@ def run_client(torch_python: str, quick: bool) -> tuple[str, dict[str, str]]:
         right = worker.answer(REFERENCE)
         for name, answer in {OURS: ours.answer(), **{n: worker.answer(n) for n in names}}.items():
             error, where = worst_error(answer, {k: v for k, v in right.items() if k in answer})
-            if error > TOLERANCE:
+            if error > tolerance(where):
                 raise SystemExit(f"{name} is wrong: {where} off by {error:.1e}")
         here = {OURS: partial(timed_turn, ours)}
         there = {name: partial(worker.run, name) for name in names}

@@ -48,9 +48,7 @@ def _rules(problem: Problem, rounds: int) -> str:
     names = [f"{kinds[i % len(kinds)][0]}_{i}" for i in range(RULES)]
     terms = [kinds[i % len(kinds)][1] for i in range(RULES)]
     base = problem.terms["cross_entropy"]
-    specs = [
-        jr.RegularizerSpec(name=name, fn=fn, weight=1e-3) for name, fn in zip(names, terms, strict=True)
-    ]
+    specs = [jr.RegularizerSpec(name=name, fn=fn, weight=1e-3) for name, fn in zip(names, terms, strict=True)]
     makers: list[Callable[[str], jr.weighting.Rule]] = [
         lambda name: jr.weighting.gradient_share(name, share=0.02),
         lambda name: jr.weighting.adaptive_kl(name, target=0.05),
@@ -127,6 +125,8 @@ def _table(runs: Mapping[str, Run], rounds: int, period: int) -> str:
 
 def _gap(tree: Any, other: Any) -> float:
     gaps = jax.tree.map(
-        lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b))), tree, other
+        lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b))),
+        tree,
+        other,
     )
     return float(max(jax.tree.leaves(gaps)))

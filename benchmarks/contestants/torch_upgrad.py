@@ -63,7 +63,9 @@ def at_logits(leaves: Mapping[str, Any], values: Values, weights: list[float], m
         kept.clear()
         terms = values()
         (logits,) = kept
-        rows = [torch.autograd.grad(weight * term, logits, retain_graph=True)[0] for weight, term in zip(w, terms)]
+        rows = [
+            torch.autograd.grad(weight * term, logits, retain_graph=True)[0] for weight, term in zip(w, terms)
+        ]
         direction = aggregator(torch.stack(rows).flatten(1)).view_as(logits)
         gradients = torch.autograd.grad(logits, list(leaves.values()), direction)
         found = {f"upgrad outputs/{_leaf(name)}": g for name, g in zip(leaves, gradients, strict=True)}

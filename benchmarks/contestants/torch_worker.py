@@ -40,15 +40,12 @@ class Worker:
     skipped: dict[str, str]
     versions: dict[str, str]
 
-    def __init__(
-        self, python: str, case: str, arrays: dict[str, np.ndarray], upgrad: bool = False
-    ) -> None:
+    def __init__(self, python: str, case: str, arrays: dict[str, np.ndarray], upgrad: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "arrays.npz"
         save(str(path), arrays)
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.contestants.torch_worker", case, str(path)]
-            + ["upgrad"] * upgrad,
+            [python, "-m", "benchmarks.contestants.torch_worker", case, str(path)] + ["upgrad"] * upgrad,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

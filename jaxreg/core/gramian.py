@@ -6,6 +6,7 @@ two near its own norm first, which loses no digit, and what is multiplied afterw
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -36,8 +37,8 @@ def inner_products(rows: Sequence[Array]) -> Array:
     return (total + total.T) / 2
 
 
-def products_of_trees(trees: Sequence[object], scales: Array) -> tuple[Array, Array]:
-    """[K, K]: the inner products of K trees, each divided by its scale, and the scales that were used, [K].
+def products_of_trees(trees: Sequence[object], norms: Array) -> tuple[Array, Array]:
+    """[K, K]: the inner products of K trees of these norms, [K], each divided by a scale; and the scales, [K].
 
     On a CPU, where a product of few long rows is slow and so is making a stack of them, it is a product a
     pair, of the trees as they are, as long as their squares are well within float32's range.
@@ -48,15 +49,17 @@ def products_of_trees(trees: Sequence[object], scales: Array) -> tuple[Array, Ar
 
     def pairs(*trees: object) -> tuple[Array, Array]:
         parts = [real_parts(jax.tree.leaves(tree)) for tree in trees]
-        upper = {(i, j): _product(parts[i], parts[j]) for i in range(count) for j in range(i, count)}
-        found = [[upper[min(i, j), max(i, j)] for j in range(count)] for i in range(count)]
-        return jnp.stack([jnp.stack(row) for row in found]), jnp.ones_like(scales)
+        found = {(i, i): jnp.square(norms[i]) for i in range(count)}
+        for i, j in itertools.combinations(range(count), 2):
+            found[i, j] = found[j, i] = _product(parts[i], parts[j])
+        rows = [jnp.stack([found[i, j] for j in range(count)]) for i in range(count)]
+        return jnp.stack(rows), jnp.ones_like(scales)
 
     def on_cpu(*trees: object) -> tuple[Array, Array]:
         near = jnp.all((scales >= 2.0**-PLAIN_EXPONENT) & (scales <= 2.0**PLAIN_EXPONENT))
         return lax.cond(near, pairs, stack, *trees)
 
-    count = len(trees)
+    count, scales = len(trees), power_of_two(norms)
     if count > MOST_PAIRED:
         return stack(*trees)
     return lax.platform_dependent(*trees, cpu=on_cpu, default=stack)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxreg.base.norm import absolutes, l2_norm
 from jaxreg.base.types import Array, PyTree
-from jaxreg.core.gramian import gramian, power_of_two, products_of_trees
+from jaxreg.core.gramian import gramian, products_of_trees
 from jaxreg.core.passes import Ask, BoundTerm, Norms, Pass, members, total_of
 from jaxreg.core.pullback import Model
 from jaxreg.core.sums import scales_of, weighted_sum, with_params_terms
@@ -59,7 +59,7 @@ def outputs_gramian(
 ) -> Array:
     """[M, M]: the inner products of the weighted gradients of the terms on outputs."""
     sizes = jnp.stack(norms)
-    products, scales = products_of_trees([gradients[i] for i in own], power_of_two(sizes))
+    products, scales = products_of_trees([gradients[i] for i in own], sizes)
     return gramian(products, scales, sizes, [terms[i].weight for i in own])
 
 
