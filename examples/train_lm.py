@@ -2,11 +2,14 @@
 
 The text is the language reference that comes with Python (``pydoc_data.topics``), so nothing is
 downloaded. One base loss and six regularizers, on the outputs and on the params, one of them on a
-schedule; exact norms of every term's gradient in parameter space; some minutes on two cores.
+schedule; every tenth step the exact norms of every term's gradient in parameter space, and the cosines
+between them; some minutes on two cores.
 
     python examples/train_lm.py
     python examples/train_lm.py --without kl_bigram              # ablations
     python examples/train_lm.py --weight z_loss=0.01 --steps 200
+    python examples/train_lm.py --weighting kl_target            # a weight that keeps the KL at 0.8
+    python examples/train_lm.py --aggregator upgrad              # steps that make no term worse
     python -m jaxreg watch runs/train_lm/run.jsonl               # from another terminal
 """
 
@@ -29,6 +32,7 @@ from text import bigram_table, bits_per_byte_of_table, load_text
 import jaxreg as jr
 
 VOCABULARY, LENGTH, BATCH, WIDTH, HEADS, LAYERS = 256, 128, 8, 128, 4, 3
+KL_TARGET = 0.8  # nats a byte between the model and the bigram table, with --weighting kl_target
 
 
 class Block(nnx.Module):
@@ -71,17 +75,20 @@ def kernel_l1(params: Any, batch: jr.TokenBatch) -> tuple[jax.Array, dict[str, j
     return sum(jnp.sum(jnp.abs(p)) for p in kernels) / size, {"near_zero": small / size}
 
 
-def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
+def build_objective(forward: Any, start: Any, options: argparse.Namespace) -> jr.CompositeLoss:
     """One base loss, four terms on the logits, two on the params."""
-    leave = max(1, steps // 3)
+    leave = max(1, options.steps // 3)
     fade = optax.join_schedules(
         [optax.linear_schedule(0.5, 0.0, leave), optax.constant_schedule(0.0)], [leave]
     )
+    # A bigram table teaches the frequent pairs, then leaves the stage; or it stays, at a stated distance.
+    weight, rule = fade, None
+    if options.weighting == "kl_target":
+        weight, rule = 0.1, jr.weighting.adaptive_kl("kl_bigram", target=KL_TARGET)
     return jr.compose(
         jr.losses.CrossEntropy(inputs="logits", reduction="token_mean"),
         [
-            # A bigram table teaches the frequent pairs, then leaves the stage.
-            jr.RegularizerSpec(name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=fade),
+            jr.RegularizerSpec(name="kl_bigram", fn=jr.regularizers.KL(reference="bigram"), weight=weight),
             jr.RegularizerSpec(name="confidence", fn=jr.regularizers.Entropy(mode="maximize"), weight=0.01),
             jr.RegularizerSpec(name="z_loss", fn=jr.regularizers.ZLoss(), weight=1e-3),
             jr.RegularizerSpec(
@@ -93,7 +100,9 @@ def build_objective(forward: Any, start: Any, steps: int) -> jr.CompositeLoss:
             jr.RegularizerSpec(name="kernel_l1", fn=kernel_l1, weight=0.05, on="params"),
         ],
         forward=forward,
-        track_grad_norms=jr.GradNorms(wrt="params"),
+        track_grad_norms=jr.GradNorms(wrt="params", gramian=True, every=options.every),
+        weighting=rule,
+        aggregator=jr.aggregation.UPGrad() if options.aggregator == "upgrad" else None,
     )
 
 
@@ -118,7 +127,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return nnx.merge(graph, params)(batch["tokens"])
 
     start = jax.tree.map(jnp.copy, params)
-    objective = weighted(build_objective(forward, start, options.steps), options)
+    objective = weighted(build_objective(forward, start, options), options)
     warm_up = optax.warmup_cosine_decay_schedule(0.0, 3e-3, options.steps // 10, options.steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warm_up, b2=0.98))
     opt_state = optimizer.init(params)
@@ -199,9 +208,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="switch a term off")
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=VALUE", type=assignment)
+    parser.add_argument(
+        "--weighting",
+        choices=["schedule", "kl_target"],
+        default="schedule",
+        help="what moves kl_bigram's weight",
+    )
+    parser.add_argument(
+        "--aggregator", choices=["sum", "upgrad"], default="sum", help="how the terms' gradients are combined"
+    )
+    parser.add_argument(
+        "--every", type=terminal.steps, default=10, metavar="N", help="measure the norms every N-th step"
+    )
     options = parser.parse_args(arguments)
     try:
-        weighted(build_objective(lambda params, batch: params, {}, options.steps), options)
+        weighted(build_objective(lambda params, batch: params, {}, options), options)
     except (KeyError, ValueError) as error:  # no term of that name, or no weight
         parser.error(str(error.args[0]))
     terminal.need("rich", "matplotlib")  # not found missing after the training

@@ -82,7 +82,7 @@ class Run:
             (_, out), gradient = objective.value_and_grad(x, batch, state=state)
             return gradient, out.state
 
-        self._step = jax.jit(step)
+        self._step: Any = jax.jit(step)
 
     def steps(self, count: int) -> Any:
         """So many steps, each waited for; the last one's gradient."""
@@ -95,7 +95,7 @@ class Run:
     @property
     def programs(self) -> int:
         """How many programs were compiled."""
-        return self._step._cache_size()
+        return int(self._step._cache_size())
 
     def turn(self, count: int) -> float:
         """Seconds of one step, on average over ``count``."""

@@ -64,7 +64,8 @@ def at_logits(leaves: Mapping[str, Any], values: Values, weights: list[float], m
         terms = values()
         (logits,) = kept
         rows = [
-            torch.autograd.grad(weight * term, logits, retain_graph=True)[0] for weight, term in zip(w, terms)
+            torch.autograd.grad(weight * term, logits, retain_graph=True)[0]
+            for weight, term in zip(w, terms, strict=True)
         ]
         direction = aggregator(torch.stack(rows).flatten(1)).view_as(logits)
         gradients = torch.autograd.grad(logits, list(leaves.values()), direction)

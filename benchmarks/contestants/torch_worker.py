@@ -1,7 +1,7 @@
 """PyTorch's contestants in a process of their own, which waits at a pipe between its turns.
 
-It is started with ``python -m benchmarks.contestants.torch_worker CASE ARRAYS.npz [upgrad]`` and says at once,
-as JSON on one line, which contestants it has. Then it reads a JSON list a line and answers with a line:
+It is started with ``python -m benchmarks.contestants.torch_worker CASE ARRAYS.npz [upgrad]`` and says at
+once, as JSON on one line, which contestants it has. Then it reads a JSON list a line and answers with a line:
 
 - ``["run", name]``: the seconds of one call, measured here;
 - ``["answer", name, path]``: writes what the contestant computes to path (.npz) and answers null,

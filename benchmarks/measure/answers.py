@@ -22,7 +22,7 @@ def save(path: str, arrays: Answer) -> None:
 
 
 def worst_error(answer: Answer, reference: Answer) -> tuple[float, str]:
-    """The relative error that is the largest in tolerances, and where it is: a value, a norm, a gradient's leaf."""
+    """The relative error that is the largest in tolerances, and where it is."""
     directions = {_kind(name) for name in answer} & set(DIRECTIONS)
     for name in reference:
         if _kind(name) in {"values", *directions} and name not in answer:

@@ -76,7 +76,7 @@ def upgrad(gramian: np.ndarray, reg_eps: float = REG_EPS) -> np.ndarray:
     The i-th row minimises ``vᵀGv`` over ``v ≥ eᵢ``; with ``v = eᵢ + z`` and ``G = RᵀR`` it is
     ``‖Rz + Reᵢ‖`` over ``z ≥ 0``.
     """
-    import scipy.optimize
+    import scipy.optimize  # type: ignore[import-untyped,unused-ignore]
 
     count = len(gramian)
     root = np.linalg.cholesky(gramian / np.trace(gramian) + reg_eps * np.eye(count)).T

@@ -38,7 +38,7 @@ def inner_products(rows: Sequence[Array]) -> Array:
 
 
 def products_of_trees(trees: Sequence[object], norms: Array) -> tuple[Array, Array]:
-    """[K, K]: the inner products of K trees of these norms, [K], each divided by a scale; and the scales, [K].
+    """[K, K]: the inner products of K trees of norms [K], each divided by a scale; and the scales [K].
 
     On a CPU, where a product of few long rows is slow and so is making a stack of them, it is a product a
     pair, of the trees as they are, as long as their squares are well within float32's range.
