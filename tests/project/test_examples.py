@@ -33,13 +33,15 @@ def records(path):
 
 
 def test_a_short_run_and_an_ablation(train_lm, tmp_path, capsys):
-    bits = train_lm.main(["--steps", "6", "--out", str(tmp_path / "a")])
+    bits = train_lm.main(["--steps", "6", "--every", "5", "--out", str(tmp_path / "a")])
     assert bits["after"] < bits["before"] - 0.5
     lines = records(tmp_path / "a" / "run.jsonl")
     assert [line["step"] for line in lines] == list(range(6))
     assert lines[0]["regularizers"]["kl_bigram"]["weight"] == 0.5
     assert lines[-1]["regularizers"]["kl_bigram"]["weight"] == 0
-    assert all(term["grad_norm"] > 0 for term in lines[1]["regularizers"].values())
+    assert [line["norms_age"] for line in lines] == [0, 1, 2, 3, 4, 0]
+    assert all(term["grad_norm"] > 0 for term in lines[5]["regularizers"].values())
+    assert "kernel_l1" in lines[5]["cosines"]["base_loss"]
     assert (tmp_path / "a" / "terms.png").stat().st_size > 10_000
     assert (tmp_path / "a" / "report" / "report.html").stat().st_size > 10_000
     assert "kernel_l1" in capsys.readouterr().out
@@ -49,6 +51,15 @@ def test_a_short_run_and_an_ablation(train_lm, tmp_path, capsys):
     line = records(tmp_path / "b" / "run.jsonl")[0]
     assert line["regularizers"]["kl_bigram"]["contribution"] == 0
     assert line["regularizers"]["z_loss"]["weight"] == 0.5
+
+    options = ["--weighting", "kl_target", "--aggregator", "upgrad"]
+    bits = train_lm.main(["--steps", "6", "--out", str(tmp_path / "c"), *options])
+    assert bits["after"] < bits["before"] - 0.5
+    first, *_, last = records(tmp_path / "c" / "run.jsonl")
+    weights = [line["regularizers"]["kl_bigram"]["weight"] for line in (first, last)]
+    assert weights[0] == pytest.approx(0.1)
+    assert weights[1] != weights[0]
+    assert last["aggregation"]["metrics"]["kkt_residual"] < 1e-4
 
 
 @pytest.mark.parametrize(

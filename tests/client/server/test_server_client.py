@@ -15,6 +15,7 @@ import jaxreg as jr
 F = torch.nn.functional
 ADAM = types.AdamParams(learning_rate=3e-3, eps=1e-4)  # far above rounding: Adam divides by |gradient|
 STEPS = 20
+EPS = 1e-4  # of UPGrad
 
 
 def chosen_nll(lp, batch):
@@ -22,6 +23,12 @@ def chosen_nll(lp, batch):
 
     chosen = (jnp.arange(lp.shape[0]) % 2 == 0)[:, None]
     return batch.mean(-lp, weights=batch.weights * chosen)
+
+
+def probability(lp, batch):
+    import jax.numpy as jnp
+
+    return batch.mean(jnp.exp(lp))
 
 
 OBJECTIVES = {
@@ -40,6 +47,14 @@ OBJECTIVES = {
             jr.RegularizerSpec(name="log_ratio", fn=jr.regularizers.LogRatioL2(), weight=0.001),
         ],
         track_grad_norms=True,
+    ),
+    "upgrad": jr.compose(
+        jr.losses.CrossEntropy(reduction="token_mean"),
+        [
+            jr.RegularizerSpec(name="kl", fn=jr.regularizers.KL(max_log_ratio=None), weight=0.5),
+            jr.RegularizerSpec(name="sure", fn=probability, weight=2.0),
+        ],
+        aggregator=jr.aggregation.UPGrad(reg_eps=EPS, relative_to="trace"),
     ),
 }
 
@@ -63,6 +78,7 @@ def drawn(seed=1, lengths=(9, 5, 7, 6)):
 
 
 ROWS = drawn()
+SEEN = []  # UPGrad's coefficients, as TorchJD has them
 
 
 def datums(*keys):
@@ -100,7 +116,25 @@ def by_hand(name):
         nll = nll / sum(w.sum() for w in weights[::2])
         return dpo + 0.1 * nll + 0.001 * squares / sum(w.sum() for w in weights), {}
 
-    return {"sft": sft, "pairs": pairs}[name]
+    def upgrad(data, logprobs):
+        """The terms' gradients at the logprobs, and a loss whose gradient is what TorchJD makes of them."""
+        from torchjd.aggregation import UPGradWeighting
+        from torchjd.linalg import QuadprogProjector
+
+        lp = torch.cat(list(logprobs))
+        weights, ref = (
+            torch.cat([torch.tensor(row[k]) for row in ROWS]) for k in ("weights", "ref_logprobs")
+        )
+        gap = ref - lp
+        each = (-lp, 0.5 * (torch.exp(gap) - gap - 1), 2.0 * torch.exp(lp))
+        terms = [(weights * values).sum() / weights.sum() for values in each]
+        rows = torch.stack([torch.autograd.grad(term, lp, retain_graph=True)[0] for term in terms]).double()
+        projector = QuadprogProjector(norm_eps=0.0, reg_eps=EPS)
+        coefficients = UPGradWeighting(torch.ones(3, dtype=torch.float64), projector)(rows @ rows.T)
+        SEEN.append(coefficients.tolist())
+        return (lp * (coefficients @ rows).float()).sum(), {}
+
+    return {"sft": sft, "pairs": pairs, "upgrad": upgrad}[name]
 
 
 def ours(client, name):
@@ -146,6 +180,8 @@ def test_twenty_steps_end_in_the_same_logprobs(name, new_training_client, start_
     print(name, "moved by", gap(start, expected), "apart by", gaps)
     assert gap(start, expected) > 0.5
     assert max(gaps.values()) < 1e-5
+    if name == "upgrad":
+        assert np.max(SEEN) > 1.05  # they do conflict
 
 
 def test_the_shortcut_is_one_request_and_the_same_weights(new_training_client, start_state):
