@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -34,6 +35,22 @@ class Row:
     trend: tuple[float, ...]
     host: str
     broken: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Against:
+    """Two terms whose weighted gradients pull against each other.
+
+    Attributes:
+      first, second: their names.
+      cosine: of the last step, below 0.
+      trend: over the recent steps, NaN where there is none.
+    """
+
+    first: str
+    second: str
+    cosine: float
+    trend: tuple[float, ...]
 
 
 class Board:
@@ -122,6 +139,18 @@ class Board:
             host=_host(last, name),
             broken=name in last.nonfinite,
         )
+
+    def against(self) -> list[Against]:
+        """The pairs whose cosine was below 0 in the last step, the least first."""
+        if (last := self.last) is None:
+            return []
+        found = []
+        for first, second in itertools.combinations((BASE, *last.terms), 2):
+            key = f"cosine/{first}/{second}"
+            if (cosine := last.values.get(key, NAN)) < 0:
+                trend = tuple(record.values.get(key, NAN) for record in self._past)
+                found.append(Against(first, second, cosine, trend))
+        return sorted(found, key=lambda pair: pair.cosine)
 
     def total(self, name: str) -> float:
         """A number of the last step by flat name, or NaN."""

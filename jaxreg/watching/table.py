@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxreg.core.spec import BASE
-from jaxreg.watching.board import NOTES, Board, Row, buckets
+from jaxreg.watching.board import NOTES, Against, Board, Row, buckets
 
 HEAD, FOOT = 4, 3  # lines around the terms: the progress, a blank, headings, a rule; total, a blank, counts
 DIM, BAR, BAD, WARN = "bright_black", "cyan", "red", "yellow"
 LEVELS = {"error": BAD, "warning": WARN}
+PAIRS, HEAT = 3, 20  # pairs of terms that are shown pulling against each other; cells of their strips
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Signs:
     broken: str = "×"
     cut: str = "…"
     norm: str = "w·‖grad‖"  # of the weighted gradient
+    heat: str = "·░▒▓█"
 
     @classmethod
     def of(cls, encoding: str) -> Signs:
@@ -48,7 +50,7 @@ class Signs:
         try:
             "".join(getattr(signs, field.name) for field in dataclasses.fields(cls)).encode(encoding)
         except (UnicodeEncodeError, LookupError):
-            return cls("_.-~=+*#", "-=#", "#", ".", "-", ", ", "-", "x", "~", "w*|grad|")
+            return cls("_.-~=+*#", "-=#", "#", ".", "-", ", ", "-", "x", "~", "w*|grad|", ".:+#@")
         return signs
 
 
@@ -138,7 +140,9 @@ class BoardTable:
         """The rows that fit, in order; those that are broken or pull hard go before the others."""
         if self.height is None:
             return rows, 0
-        room = max(2, self.height - HEAD - FOOT - min(NOTES, len(self.board.notes)))
+        pairs = len(self._pairs())
+        below = min(NOTES, len(self.board.notes)) + pairs + bool(pairs)
+        room = max(2, self.height - HEAD - FOOT - below)
         if len(rows) <= room:
             return rows, 0
 
@@ -149,8 +153,19 @@ class BoardTable:
         kept = {row.name for row in sorted(rows, key=importance, reverse=True)[: room - 1]}
         return [row for row in rows if row.name in kept], len(rows) - len(kept)
 
+    def _pairs(self) -> list[Against]:
+        return self.board.against()[:PAIRS]
+
     def _footer(self, signs: Signs, width: int, encoding: str) -> list[Text]:
-        board, lines = self.board, []
+        board = self.board
+        pairs, lines = self._pairs(), []
+        for pair in pairs:
+            names = ("base loss" if name == BASE else name for name in (pair.first, pair.second))
+            who = written(" and ".join(names), encoding)
+            line = Text(f"{who} against each other: cosine {pair.cosine:.2f}  ", no_wrap=True)
+            lines.append(cut(line.append_text(heat(pair.trend, HEAT, signs)), width, signs))
+        if lines:
+            lines.insert(0, Text())
         said = [
             (board.counts["warning"], "warning", WARN),
             (board.counts["error"], "exception", BAD),
@@ -305,6 +320,23 @@ def sparkline(values: Sequence[float], width: int, signs: Signs) -> Text:
         else:
             line.append(signs.trend[math.ceil((value - low) / span * steps - 0.5) if span else 0], BAR)
     return line
+
+
+def heat(cosines: Sequence[float], width: int, signs: Signs) -> Text:
+    """Cosines from left to right: red where they are below 0, and the fuller the nearer to -1 or 1.
+
+    Example:
+      >>> heat([-1.0, -0.5, 0.0, 1.0], 4, Signs()).plain
+      '█▒·█'
+    """
+    strip = Text()
+    for value in buckets(cosines, width):
+        if math.isnan(value):
+            strip.append(" ")
+        else:
+            sign = signs.heat[round(min(1.0, abs(value)) * (len(signs.heat) - 1))]
+            strip.append(sign, BAD if value < 0 else BAR)
+    return strip
 
 
 def clock(seconds: float) -> str:

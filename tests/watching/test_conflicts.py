@@ -1,12 +1,15 @@
 """The report's strips of cosines, and the warning of a pair that always conflicts."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
 import jaxreg as jr
+from jaxreg.watching.board import Board
 from jaxreg.watching.conflicts import conflicts, pairs, strip
+from jaxreg.watching.records import parse
 from jaxreg.watching.report import report
 from jaxreg.watching.run import read_run
 from jaxreg.watching.words import percent
@@ -55,6 +58,28 @@ def test_a_run_without_cosines_has_no_such_section(tmp_path):
     line = dict(step=0, loss_total=1.0, base_loss={"value": 1.0}, regularizers={})
     (tmp_path / "run.jsonl").write_text(json.dumps(line))
     assert conflicts([read_run(tmp_path / "run.jsonl")]) == []
+
+
+def drawn(board, **rest):
+    console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
+    from jaxreg.watching.table import BoardTable
+
+    console.print(BoardTable(board, **rest))
+    return console.file.getvalue()
+
+
+def test_a_table_has_the_pairs_that_pull_against_each_other_now(tmp_path):
+    board = Board()
+    for line in write(tmp_path / "run.jsonl").read_bytes().splitlines()[:20]:
+        board.take(parse(line))
+    assert [(pair.first, pair.second) for pair in board.against()] == [("base_loss", "kl")]
+    assert "base loss and kl against each other: cosine -0.50" in drawn(board)
+    for line in write(tmp_path / "again.jsonl").read_bytes().splitlines()[20:]:
+        board.take(parse(line))
+    assert [pair.second for pair in board.against()] == ["l2<b>", "kl"]
+    said = drawn(board, height=12)  # the terms give way, the pairs stay
+    assert said.count("against each other") == 2
+    assert len(said.splitlines()) <= 12
 
 
 def test_a_strip_is_red_below_0_and_blue_above():
