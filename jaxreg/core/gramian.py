@@ -17,7 +17,7 @@ from jaxreg.base.norm import real_parts
 from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array
 
-MOST_PAIRED = 32  # vectors; their 528 pairs compile in a second or two
+MOST_PAIRED = 32  # vectors, which are 496 pairs
 PLAIN_EXPONENT = 40  # norms from 2^-40 to 2^40, whose entries' squares float32 holds with all digits
 
 
@@ -33,7 +33,8 @@ def power_of_two(norm: Array) -> Array:
 def inner_products(rows: Sequence[Array]) -> Array:
     """[K, K]: the inner products of K vectors whose parts are the leaves, each [K, ...]; of complex ones the
     real part, which is what a step along one changes in the other."""
-    total = sum((_contracted(part, part, 1) for part in real_parts(rows)), start=jnp.zeros(()))
+    parts = real_parts(rows)
+    total = _added([_contracted(part, part, 1) for part in parts])
     return (total + total.T) / 2
 
 
@@ -66,7 +67,11 @@ def products_of_trees(trees: Sequence[object], norms: Array) -> tuple[Array, Arr
 
 
 def _product(left: Sequence[Array], right: Sequence[Array]) -> Array:
-    return sum((_contracted(a, b, 0) for a, b in zip(left, right, strict=True)), start=jnp.zeros(()))
+    return _added([_contracted(a, b, 0) for a, b in zip(left, right, strict=True)])
+
+
+def _added(products: Sequence[Array]) -> Array:
+    return sum(products[1:], start=products[0])  # in their own dtype, whatever the default is
 
 
 def _contracted(left: Array, right: Array, keep: int) -> Array:

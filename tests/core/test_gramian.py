@@ -271,3 +271,13 @@ def test_the_power_of_two_is_exact(norm):
     if 2.0**-126 <= norm < 2.0**126:
         assert found <= norm < 2 * found
     assert np.isfinite(np.float32(1) / np.float32(found))
+
+
+def test_float32_where_float64_is_on_and_one_term_alone():
+    with jax.enable_x64(True):
+        for terms in ([], [dict(name="a", fn=lambda x, batch: -jnp.sum(x), weight=1.0)]):
+            objective = jr.compose(
+                lambda x, batch: jnp.sum(x**2), terms, track_grad_norms=jr.GradNorms(gramian=True)
+            )
+            (_, out), _ = objective.value_and_grad(jnp.array([3.0, 4.0], jnp.float32))
+            assert float(out.gramian[0, 0]) == pytest.approx(100.0)
