@@ -96,7 +96,7 @@ class Aggregator:
         """
         found = self.solve(gramian, key=key, state=state).coefficients
         if self.nonfinite == "raise" and not isinstance(found, jax.core.Tracer):
-            rows = np.flatnonzero(~np.isfinite(np.asarray(gramian)).all(axis=-1))
+            rows = np.flatnonzero(_not_finite(jnp.asarray(gramian)))
             if rows.size:
                 raise FloatingPointError(
                     f"{type(self).__name__}: rows {rows.tolist()} of the Gramian are not finite; "
@@ -116,9 +116,7 @@ class Aggregator:
         gramian = self._checked(gramian, key)
         if self.stateful and state is None:
             state = self.init(gramian.shape[0])
-        bad = ~jnp.isfinite(jnp.diagonal(gramian))
-        among = ~(bad[:, None] | bad[None, :])
-        bad = bad | jnp.any(among & ~jnp.isfinite(gramian), axis=1)  # inner products that overflowed
+        bad = _not_finite(gramian)
         clean = jnp.where(bad[:, None] | bad[None, :], 0, gramian)
         found = self._combine(clean, key, state)
         any_bad = jnp.any(bad)
@@ -150,6 +148,13 @@ class Aggregator:
         if self.needs_key and key is None:
             raise ValueError(f"{who}: it draws at random: pass key=jax.random.key(seed)")
         return gramian.astype(jnp.promote_types(gramian.dtype, jnp.float32))
+
+
+def _not_finite(gramian: Array) -> Array:
+    """Whose gradients are not finite, [K]; a NaN is in every row, and on the diagonal of its own."""
+    bad = ~jnp.isfinite(jnp.diagonal(gramian))
+    among = ~(bad[:, None] | bad[None, :])
+    return bad | jnp.any(among & ~jnp.isfinite(gramian), axis=1)  # inner products that overflowed
 
 
 def one_of(who: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -27,9 +27,9 @@ def check_rule(
     """Check a rule of your own as the built-in ones are checked.
 
     Over steps with made-up values and norms: it gives weights of its own terms only, finite and not negative,
-    at values and norms from 1e-15 to 1e15, too; its state keeps its structure and dtypes; ``jit`` changes
-    nothing; a step with NaN does not stick; it reads only what it says that it needs, and waits where norms
-    are not fresh.
+    at values and norms from 1e-15 to 1e15 and at gradients of 0, too; its state keeps its structure and
+    dtypes; ``jit`` and ``vmap`` change nothing, and the next step compiles nothing; a step with NaN or ∞ does
+    not stick; it reads only what it says that it needs, and goes by no norms that are not fresh.
 
     Args:
       rule: of `jaxreg.weighting`, or one's own.
@@ -59,20 +59,27 @@ class _Subject:
         self.rule, self.terms, self.metrics = rule.bind(terms), terms, metrics
         rng = np.random.default_rng(seed)
         self.values, self.norms = np.exp(rng.normal(0, 0.4, (2, STEPS, len(terms) + 1)))
-        self._update = jax.jit(self.rule.update)
+        self.update = jax.jit(self.rule.update)
         self.weights: dict[str, Array] = {name: jnp.full((), 0.7) for name in terms}
 
     def output(
-        self, values: np.ndarray, norms: np.ndarray, *, age: int | None = None, needs: bool = True
+        self,
+        values: np.ndarray,
+        norms: np.ndarray,
+        *,
+        age: int | None = None,
+        needs: frozenset[str] = frozenset({"norms", "absolutes"}),
     ) -> Any:
         """A step's output of these numbers, the base loss first."""
 
         def rest(k: int) -> dict[str, Any]:
-            custom = {name: jnp.float32(values[k]) for name in self.metrics}
-            if not needs:
-                return {"custom": custom}
+            measured: dict[str, Any] = {"custom": {name: jnp.float32(values[k]) for name in self.metrics}}
             norm = jnp.float32(norms[k])
-            return {"custom": custom, "grad_norm": norm, "grad_abs_max": norm, "grad_abs_mean": norm / 3}
+            if needs:
+                measured["grad_norm"] = norm
+            if "absolutes" in needs:
+                measured |= {"grad_abs_max": norm, "grad_abs_mean": norm / 3}
+            return measured
 
         out = [jnp.float32(value) for value in values]
         records = Regularizers(
@@ -82,12 +89,17 @@ class _Subject:
         stale = None if age is None else jnp.int32(age)
         return CustomLossOutput(out[0], BaseLossOutput(out[0], **rest(0)), records, out[0], norms_age=stale)
 
+    def begun(self) -> tuple[dict[str, Array], PyTree]:
+        """The first step's weights, of all terms, and the first state."""
+        chosen, state = self.rule.init(self.weights)
+        return self.weights | chosen, state
+
     def run(self, values: np.ndarray, norms: np.ndarray) -> list[dict[str, Any]]:
         """The weights after every step."""
         chosen, state = self.rule.init(self.weights)
         found = []
         for row in zip(values, norms, strict=True):
-            chosen, state = self._update(self.output(*row), state, {**self.weights, **chosen})
+            chosen, state = self.update(self.output(*row), state, {**self.weights, **chosen})
             found.append({name: np.asarray(weight) for name, weight in chosen.items()})
         return found
 
@@ -121,12 +133,45 @@ def _state(subject: _Subject) -> str | None:
 
 
 def _jit(subject: _Subject) -> str | None:
-    first, state = subject.rule.init(subject.weights)
-    out, weights = subject.output(subject.values[0], subject.norms[0]), subject.weights | first
+    weights, state = subject.begun()
+    out = subject.output(subject.values[0], subject.norms[0])
     eager, _ = subject.rule.update(out, state, weights)
-    traced, _ = jax.jit(subject.rule.update)(out, state, weights)
+    traced, _ = subject.update(out, state, weights)
     same = all(np.allclose(eager[name], traced[name], rtol=1e-4) for name in subject.rule.names)
     return None if same else f"{_plain(eager)} became {_plain(traced)}"
+
+
+def _vmap(subject: _Subject) -> str | None:
+    weights, state = subject.begun()
+    outs = [subject.output(*row) for row in zip(subject.values[:3], subject.norms[:3], strict=True)]
+    alone = [subject.update(out, state, weights)[0] for out in outs]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    together, _ = jax.jit(jax.vmap(subject.rule.update, (0, None, None)))(stacked, state, weights)
+    for name in subject.rule.names:
+        one_by_one = [float(moved[name]) for moved in alone]
+        if not np.allclose(together[name], one_by_one, rtol=1e-4):
+            return f"weights of {name!r}, {one_by_one}, became {np.asarray(together[name]).tolist()}"
+    return None
+
+
+def _compiles(subject: _Subject) -> str | None:
+    traces = 0
+    leaves, structure = jax.tree.flatten(subject.rule)
+    if jax.tree_util.all_leaves([subject.rule]):  # a class that is no pytree: its numbers stay inside it
+        leaves, structure = jax.tree.flatten(jax.tree_util.Partial(subject.rule.update))
+
+    def update(leaves: list[Any], *arguments: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        rule = jax.tree.unflatten(structure, leaves)
+        return getattr(rule, "update", rule)(*arguments)
+
+    compiled = jax.jit(update)
+    weights, state = subject.begun()
+    for values, norms in zip(subject.values[:3], subject.norms[:3], strict=True):
+        chosen, state = compiled(leaves, subject.output(values, norms), state, weights)
+        weights = weights | chosen
+    return f"three steps traced it {traces} times" if traces > 1 else None
 
 
 def _ranges(subject: _Subject) -> str | None:
@@ -139,40 +184,50 @@ def _ranges(subject: _Subject) -> str | None:
     return None
 
 
-def _nan(subject: _Subject) -> str | None:
-    values, norms = subject.values.copy(), subject.norms.copy()
-    values[3], norms[5] = np.nan, np.nan
-    last = subject.run(values, norms)[-1]
-    bad = {name: w for name, w in last.items() if not np.isfinite(w)}
-    return f"{_plain(bad)} long after it" if bad else None
+def _zero(subject: _Subject) -> str | None:
+    for k in range(len(subject.terms) + 1):
+        norms = subject.norms.copy()
+        norms[2:5, k] = 0
+        for t, weights in enumerate(subject.run(subject.values, norms)):
+            bad = {name: w for name, w in weights.items() if not (np.isfinite(w) and w >= 0)}
+            if bad:
+                whose = "the base loss" if k == 0 else repr(subject.terms[k - 1])
+                return f"where the gradient of {whose} is 0, step {t}: {_plain(bad)}"
+    return None
+
+
+def _sticks(subject: _Subject) -> str | None:
+    for wrong in (np.nan, np.inf):
+        values, norms = subject.values.copy(), subject.norms.copy()
+        values[3], norms[5] = wrong, wrong
+        last = subject.run(values, norms)[-1]
+        bad = {name: w for name, w in last.items() if not np.isfinite(w)}
+        if bad:
+            return f"{_plain(bad)} long after a step of {wrong}"
+    return None
 
 
 def _needs(subject: _Subject) -> str | None:
-    if subject.rule.needs:
-        return None
-    first, state = subject.rule.init(subject.weights)
-    out = subject.output(subject.values[0], subject.norms[0], needs=False)
-    subject.rule.update(out, state, subject.weights | first)
+    weights, state = subject.begun()
+    subject.rule.update(
+        subject.output(subject.values[0], subject.norms[0], needs=subject.rule.needs), state, weights
+    )
     return None
 
 
 def _waits(subject: _Subject) -> str | None:
     if not subject.rule.needs:
         return None
-    first, state = subject.rule.init(subject.weights)
-    fresh = subject.rule.update(
-        subject.output(subject.values[0], subject.norms[0], age=0), state, subject.weights | first
+    weights, state = subject.begun()
+    one, other = (
+        subject.rule.update(subject.output(subject.values[0], norms, age=1), state, weights)
+        for norms in (subject.norms[0], subject.norms[1])
     )
-    old = subject.rule.update(
-        subject.output(subject.values[0], subject.norms[0], age=1), state, subject.weights | first
-    )
-    moved = [n for n in subject.rule.names if float(old[0][n]) != float(first[n])]
-    frozen = all(float(fresh[0][n]) == float(first[n]) for n in subject.rule.names)
-    return (
-        f"{moved} moved by norms that are a step old"
-        if moved and not frozen and len(moved) == len(first)
-        else None
-    )
+    moved = [n for n in subject.rule.names if float(one[0][n]) != float(other[0][n])]
+    if moved:
+        return f"weights of {moved} go by norms that are a step old"
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), one[1], other[1])
+    return None if all(jax.tree.leaves(same)) else "its state takes over norms that are a step old"
 
 
 def _described(state: PyTree) -> str:
@@ -188,8 +243,11 @@ _CHECKS: dict[str, Callable[[_Subject], str | None]] = {
     "weights of its own terms": _names,
     "a state of one structure": _state,
     "the same under jit": _jit,
+    "the same under vmap": _vmap,
+    "it compiles once": _compiles,
     "finite and not negative": _ranges,
-    "NaN does not stick": _nan,
+    "gradients of 0": _zero,
+    "NaN and ∞ do not stick": _sticks,
     "it reads only what it needs": _needs,
     "it waits for fresh norms": _waits,
 }

@@ -16,7 +16,11 @@ BASE = "base_loss"  # a name that no regularizer may have
 
 
 class _Averaging(Rule):
-    """A rule whose weights are moving averages of what each step asks for."""
+    """A rule whose weights are moving averages of what each step asks for, from the weights given on.
+
+    The average of a term is its weight times the base loss's average, so that a wrapper that holds the weight
+    back (`clip`) holds the average, too.
+    """
 
     decay: Array | float
 
@@ -24,9 +28,8 @@ class _Averaging(Rule):
         in_range(self, "decay", self.decay, 0.0, 1.0)
 
     def init(self, weights: Weights) -> Moved:
-        """The weights given, and averages of nothing yet."""
-        averages = {name: zero() for name in (BASE, *self.names)}
-        return super().init(weights)[0], {"averages": averages, "seen": {name: flag() for name in averages}}
+        """The weights given, the base loss's being 1."""
+        return super().init(weights)[0], {"base": jnp.ones_like(zero())}
 
     def _asked(self, out: Any, weights: dict[str, Array]) -> dict[str, Array]:
         """What this step asks for, by name, the base loss among them."""
@@ -34,14 +37,10 @@ class _Averaging(Rule):
 
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
         asked = self._asked(out, weights)
-        last, seen = state["averages"], state["seen"]
-        averages = {name: averaged(self.decay, last[name], own, seen[name]) for name, own in asked.items()}
         known = {name: jnp.isfinite(own) & (own > 0) for name, own in asked.items()}
-        averages = {name: jnp.where(known[name], averages[name], last[name]) for name in asked}
-        moved = {"averages": averages, "seen": {name: seen[name] | known[name] for name in asked}}
-        ready = {name: known[name] & moved["seen"][BASE] for name in self.names}
-        base = jnp.where(averages[BASE] > 0, averages[BASE], 1)
-        return {n: jnp.where(ready[n], averages[n] / base, jnp.nan) for n in self.names}, moved
+        base = jnp.where(known[BASE], averaged(self.decay, state["base"], asked[BASE]), state["base"])
+        moved = {name: averaged(self.decay, weights[name] * state["base"], asked[name]) for name in self.names}
+        return {name: jnp.where(known[name], moved[name] / base, jnp.nan) for name in self.names}, {"base": base}
 
 
 @registered

@@ -167,11 +167,25 @@ class Custom(Rule):
 
     def init(self, weights: Weights) -> Moved:
         """What the first function gives."""
-        chosen, state = self.begin({name: _weight(weights[name]) for name in self.names})
+        chosen, state = self._of_its_own("init", self.begin({n: _weight(weights[n]) for n in self.names}))
         return {name: _weight(chosen[name]) for name in self.names}, state
 
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
-        return self.move(out, state, weights)
+        return self._of_its_own("update", self.move(out, state, weights))
+
+    def _of_its_own(self, which: str, moved: Any) -> Moved:
+        """Refuse what is no pair, and weights of other terms than those named."""
+        if not isinstance(moved, tuple) or len(moved) != 2 or not isinstance(moved[0], Mapping):
+            raise TypeError(
+                f"{self.who}: {which} returns (weights by name, state), got {type(moved).__name__}: {moved!r}"
+            )
+        chosen, state = moved
+        if set(chosen) != set(self.names):
+            raise ValueError(
+                f"{self.who}: {which} gives weights of {sorted(chosen)}, and the rule names "
+                f"{sorted(self.names)}: give every one of those and no other"
+            )
+        return dict(chosen), state
 
 
 def custom(
@@ -220,9 +234,16 @@ def in_range(rule: Rule, name: str, value: Any, low: float, high: float, *, open
         raise ValueError(f"{rule.who}: {bound}, got {value:g}")
 
 
-def averaged(decay: Array | float, last: Array, new: Array, seen: Array) -> Array:
-    """A moving average that begins with the first number itself."""
-    return jnp.where(seen, decay * last + (1 - decay) * new, new)
+def whole(rule: Rule, name: str, value: Any, least: int) -> None:
+    """Refuse a number of steps that is no whole number, or too small. A tracer passes."""
+    in_range(rule, name, value, least, np.inf)
+    if isinstance(value, int | float | np.generic) and float(value) != int(value):
+        raise ValueError(f"{rule.who}: {name} is a whole number of steps, got {value:g}")
+
+
+def averaged(decay: Array | float, last: Array, new: Array) -> Array:
+    """A moving average, one number further."""
+    return decay * last + (1 - decay) * new
 
 
 def is_fresh(rule: Rule, out: Any) -> Array:

@@ -138,7 +138,7 @@ class Geco(Rule):
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
         (name,) = self.names
         value = out.regularizers[name].value
-        average = averaged(self.decay, state["average"], value, state["seen"])
+        average = jnp.where(state["seen"], averaged(self.decay, state["average"], value), value)
         grown = weights[name] * jnp.exp(jnp.clip(self.rate * (average - self.bound), -20, 20))
         grown = jnp.where(jnp.isfinite(value), grown, jnp.nan)  # which moves nothing
         return {name: grown}, {"average": average, "seen": state["seen"] | jnp.isfinite(value)}
@@ -175,17 +175,11 @@ class GradientShare(Rule):
         in_range(self, "share", self.share, 0.0, jnp.inf)
         in_range(self, "decay", self.decay, 0.0, 1.0)
 
-    def init(self, weights: Weights) -> Moved:
-        """The weight given, and an average of nothing yet."""
-        return super().init(weights)[0], {"average": zero(), "seen": flag()}
-
     def _move(self, out: Any, state: PyTree, weights: dict[str, Array]) -> Moved:
         (name,) = self.names
         ratio = out.base_loss.grad_norm / out.regularizers[name].grad_norm  # ∞ where the term has no gradient
-        average = averaged(self.decay, state["average"], ratio, state["seen"])
-        known = jnp.isfinite(ratio)
-        moved = {"average": average, "seen": state["seen"] | known}
-        return {name: jnp.where(known, self.share * average, jnp.nan)}, moved
+        # ∞ as a weight is one that is not taken over: it stays as it is.
+        return {name: averaged(self.decay, weights[name], self.share * ratio)}, state
 
 
 def gradient_share(name: str, *, share: float = 0.1, decay: float = 0.9) -> Rule:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
-from jaxreg.weighting.rule import Moved, Rule, Weights, in_range, is_fresh, registered
+from jaxreg.weighting.rule import Moved, Rule, Weights, in_range, is_fresh, registered, whole
 
 
 class _Wrapper(Rule):
@@ -122,7 +122,7 @@ class Warmup(_Wrapper):
     steps: Array | int = 100
 
     def _check(self) -> None:
-        in_range(self, "steps", self.steps, 1, jnp.inf)
+        whole(self, "steps", self.steps, 1)
 
     def init(self, weights: Weights) -> Moved:
         """Weights of 0."""
@@ -158,7 +158,7 @@ class Every(_Wrapper):
     steps: Array | int = 10
 
     def _check(self) -> None:
-        in_range(self, "steps", self.steps, 1, jnp.inf)
+        whole(self, "steps", self.steps, 1)
 
     def init(self, weights: Weights) -> Moved:
         """The inner rule's first weights."""
@@ -195,7 +195,7 @@ class Freeze(_Wrapper):
     after: Array | int = 1000
 
     def _check(self) -> None:
-        in_range(self, "after", self.after, 0, jnp.inf)
+        whole(self, "after", self.after, 0)
 
     def init(self, weights: Weights) -> Moved:
         """The inner rule's first weights."""

@@ -72,7 +72,7 @@ def test_nan_goes_where_it_is_said_to(kind):
     key = jax.random.key(0)
     assert np.isnan(kind()(gramian, key=key)).all()
     assert kind(nonfinite="drop")(gramian, key=key).tolist() == [1, 0, 1]
-    with pytest.raises(FloatingPointError, match=r"rows \[0, 1, 2\]|rows \[1\]"):
+    with pytest.raises(FloatingPointError, match=r"rows \[1\] of the Gramian"):
         kind(nonfinite="raise")(gramian, key=key)
     state = kind().init(3)
     chex.assert_trees_all_equal(kind().solve(gramian, key=key, state=state).state, state)

@@ -46,18 +46,17 @@ def geco(v, n, a):
 
 
 def gradient_share(v, n, a):
-    average, found = None, []
+    w, found = 1.0, []  # as the weights given
     for step in n:
-        ratio = step[0] / step[1]
-        average = ratio if average is None else 0.9 * average + 0.1 * ratio
-        found.append([0.3 * average])
+        w = 0.9 * w + 0.1 * 0.3 * step[0] / step[1]
+        found.append([w])
     return found
 
 
 def averaged(asked, decay):
-    last, found = None, []
+    last, found = np.ones_like(asked[0]), []
     for step in asked:
-        last = step if last is None else decay * last + (1 - decay) * step
+        last = decay * last + (1 - decay) * step
         found.append(last[1:] / last[0])
     return found
 

@@ -73,6 +73,28 @@ class Stateless(jr.weighting.Rule):
         return {name: out.base_loss.grad_norm / weights[name] for name in self.names}, state
 
 
+class Remembers(jr.weighting.Rule):
+    """Its state takes over any norm, and its weights come of the state."""
+
+    needs = frozenset({"norms"})
+
+    def init(self, weights):
+        return super().init(weights)[0], {"sum": jnp.zeros(())}
+
+    def update(self, out, state, weights):
+        return {n: state["sum"] for n in self.names}, {"sum": state["sum"] + out.base_loss.grad_norm}
+
+
+class Steps(jr.weighting.Rule):
+    """Counts its steps in a tuple's length."""
+
+    def init(self, weights):
+        return super().init(weights)[0], ()
+
+    def update(self, out, state, weights):
+        return {name: weights[name] for name in self.names}, (*state, jnp.zeros(()))
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -82,7 +104,17 @@ class Stateless(jr.weighting.Rule):
             broken(lambda out, s, w: ({"a": out.base_loss.grad_norm}, s)),
             "reads only what it needs: it raises",
         ),
-        (Stateless(("a",)), "finite and not negative|waits for fresh norms"),
+        (
+            broken(lambda out, s, w: ({"a": out.base_loss.grad_abs_max}, s), needs=["norms"]),
+            "reads only what it needs: it raises",
+        ),
+        (broken(lambda out, s, w: ({}, s)), r"update gives weights of \[\], and the rule names \['a'\]"),
+        (Stateless(("a",)), r"weights of \['a'\] go by norms that are a step old"),
+        (Stateless(("a",)), "where the gradient of the base loss is 0|NaN and ∞ do not stick"),
+        (Remembers(("a",)), "its state takes over norms that are a step old"),
+        (Remembers(("a",)), "NaN and ∞ do not stick"),
+        (Steps(("a",)), "it compiles once: three steps traced it 3 times"),
+        (Steps(("a",)), "a state of one structure"),
     ],
 )
 def test_broken_rules_are_caught(rule, message):

@@ -1,5 +1,7 @@
 """Each rule against its paper's equation in float64 NumPy, and what all rules have in common."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -146,6 +148,17 @@ def test_without_norms_it_says_so(rng):
         (lambda: W.chain("a"), "takes rules"),
         (lambda: W.ema("kl"), "takes a rule first"),
         (lambda: W.clip(W.dwa(), 2.0, 1.0), "2 ≤ high"),
+        (lambda: W.warmup(W.dwa(), 2.5), "steps is a whole number of steps, got 2.5"),
+        (lambda: W.every(W.dwa(), 0), "1 ≤ steps, got 0"),
+        (lambda: W.freeze(W.dwa(), 1.5), "after is a whole number"),
+        (
+            lambda: W.custom("a", lambda w: w, None).bind(TERMS).init({"a": 1.0}),
+            "init returns .weights by name, state., got dict",
+        ),
+        (
+            lambda: W.custom("a", lambda w: ({**w, "b": 1.0}, {}), None).bind(TERMS).init({"a": 1.0}),
+            r"init gives weights of \['a', 'b'\], and the rule names \['a'\]",
+        ),
         (lambda: W.custom("a", None, None, needs=["values"]), "needs are"),
         (lambda: W.adaptive_kl("kl_rf", target=1).bind(("kl_ref", "l2")), "did you mean 'kl_ref'"),
         (lambda: W.dwa().bind(()), "no regularizer"),
@@ -167,6 +180,20 @@ def test_clip_does_not_wind_up(rng):
     weights = np.asarray(run(rule, v, v, (v, v)))[:, 0]
     assert weights[19] == 2.0
     assert weights[20] == pytest.approx(1.6)  # at once
+
+
+@pytest.mark.parametrize("name", ["gradient_share", "gradient_balance", "lr_annealing", "ntk"])
+def test_averages_begin_at_the_weights_given_and_do_not_wind_up(name, rng):
+    rule, _ = CASES[name]
+    rule = dataclasses.replace(rule, names=("a",), decay=0.9)
+    v, n, a = (np.ones((30, 4)), np.ones((30, 4)), (np.ones((30, 4)), np.ones((30, 4))))
+    usual = np.asarray(run(rule, v, n, a))[:, 0]
+    assert abs(usual[0] - 1) <= 0.1 * abs(usual[-1] - 1) + 0.1  # a tenth of the way
+    v[:5, 1], n[:5, 1] = 1e-4, 1e-6  # as of a KL to the model itself
+    a[1][:5, 1] = 1e-6
+    weights = np.asarray(run(W.clip(rule, 0.0, 2.0), v, n, a))[:, 0]
+    assert weights[4] == 2.0
+    assert abs(weights[14] - usual[-1]) < 0.8 * abs(2.0 - usual[-1]) + 1e-6  # ten steps later it is on its way
 
 
 def test_wrappers_do_what_they_say(rng):
