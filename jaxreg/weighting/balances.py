@@ -39,8 +39,12 @@ class _Averaging(Rule):
         asked = self._asked(out, weights)
         known = {name: jnp.isfinite(own) & (own > 0) for name, own in asked.items()}
         base = jnp.where(known[BASE], averaged(self.decay, state["base"], asked[BASE]), state["base"])
-        moved = {name: averaged(self.decay, weights[name] * state["base"], asked[name]) for name in self.names}
-        return {name: jnp.where(known[name], moved[name] / base, jnp.nan) for name in self.names}, {"base": base}
+        moved = {
+            name: averaged(self.decay, weights[name] * state["base"], asked[name]) for name in self.names
+        }
+        return {name: jnp.where(known[name], moved[name] / base, jnp.nan) for name in self.names}, {
+            "base": base
+        }
 
 
 @registered

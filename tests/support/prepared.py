@@ -1,5 +1,7 @@
 """A built-in term with its example, ready to be called."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,12 @@ import jaxreg as jr
 
 REDUCTIONS = ["token_mean", "token_sum", "datum_mean"]
 CALLS = [(n, r) for n, case in CASES.items() for r in (REDUCTIONS if case.reduces else [""])]
+
+
+@functools.cache
+def value_and_grad(name, reduction):
+    """``((value, metrics), gradient)`` of the term, one program for all numbers of one shape and dtype."""
+    return jax.jit(jax.value_and_grad(prepared(name, reduction, np.float32)[1], has_aux=True))
 
 
 def prepared(name, reduction, dtype=np.float64):

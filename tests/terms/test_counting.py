@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import CASES, LENGTHS, B, T
-from prepared import prepared
+from prepared import prepared, value_and_grad
 
 import jaxreg as jr
 
@@ -39,8 +39,8 @@ def at_places(batch, x, places, width, fill, context=False):
     return other, jnp.asarray(moved(x, places, width, fill))
 
 
-def evaluated(term, x, batch):
-    (value, metrics), gradient = jax.value_and_grad(term, has_aux=True)(x, batch)
+def evaluated(name, x, batch):
+    (value, metrics), gradient = value_and_grad(name, reductions(name))(x, batch)
     return float(value), {k: float(v) for k, v in metrics.items()}, np.asarray(gradient)
 
 
@@ -64,7 +64,7 @@ def reductions(name):
 @pytest.mark.parametrize("fill", [3.7, np.nan])
 @pytest.mark.parametrize("name", NAMES)
 def test_datums_of_weight_zero_are_as_if_they_were_not_there(name, fill, x64):
-    _, term, x, batch = prepared(name, reductions(name))
+    _, _, x, batch = prepared(name, reductions(name))
     wide = {
         k: jnp.concatenate([v, jnp.full_like(v[:4], fill if v.dtype.kind == "f" else 3)])
         for k, v in batch.arrays.items()
@@ -74,25 +74,25 @@ def test_datums_of_weight_zero_are_as_if_they_were_not_there(name, fill, x64):
         weights=jnp.concatenate([batch.weights, jnp.zeros((4, T))]),
         **wide,
     )
-    got = evaluated(term, jnp.concatenate([x, jnp.full_like(x[:4], fill)]), more)
+    got = evaluated(name, jnp.concatenate([x, jnp.full_like(x[:4], fill)]), more)
     assert not got[2][B:].any()
-    same((*got[:2], got[2][:B]), evaluated(term, x, batch), [np.arange(n) for n in LENGTHS])
+    same((*got[:2], got[2][:B]), evaluated(name, x, batch), [np.arange(n) for n in LENGTHS])
 
 
 @pytest.mark.parametrize("fill", [3.7, np.nan])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_of_weight_zero_is_no_part_of_the_answer(name, fill, x64):
-    _, term, x, batch = prepared(name, reductions(name))
+    _, _, x, batch = prepared(name, reductions(name))
     places = [2 + np.arange(n) for n in LENGTHS]
     other, prompted = at_places(batch, x, places, T + 2, fill, context=True)
     assert np.asarray(other.mask).sum() > np.asarray(batch.mask).sum()
-    same(evaluated(term, prompted, other), evaluated(term, x, batch), places)
+    same(evaluated(name, prompted, other), evaluated(name, x, batch), places)
 
 
 @pytest.mark.parametrize("places", ["left", "holes"])
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_may_stand_anywhere(name, places, x64):
-    _, term, x, batch = prepared(name, reductions(name))
+    _, _, x, batch = prepared(name, reductions(name))
     rng = np.random.default_rng(3)
     width = 2 * T
     at = [
@@ -101,7 +101,7 @@ def test_padding_may_stand_anywhere(name, places, x64):
     ]
     other, elsewhere = at_places(batch, x, at, width, 3.7)
     assert other.lengths.tolist() == LENGTHS.tolist()
-    same(evaluated(term, elsewhere, other), evaluated(term, x, batch), at)
+    same(evaluated(name, elsewhere, other), evaluated(name, x, batch), at)
 
 
 @pytest.mark.parametrize("context", [False, True])

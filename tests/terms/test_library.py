@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import close
 from library_cases import CASES, MASK, data
-from prepared import CALLS, prepared
+from prepared import CALLS, prepared, value_and_grad
 
 import jaxreg as jr
 
@@ -33,7 +33,7 @@ def reduced(values, how, weights):
 def test_value_and_gradient_are_the_formulas(name, reduction, x64):
     case, term, x, batch = prepared(name, reduction)
     numbers = data()
-    (value, metrics), gradient = jax.value_and_grad(term, has_aux=True)(x, batch)
+    (value, metrics), gradient = value_and_grad(name, reduction)(x, batch)
 
     def oracle(at, formula=case.oracle, **frozen):
         result = formula(at, numbers, **frozen) if case.x != "params" else formula(at, None)
@@ -109,7 +109,7 @@ def test_an_empty_batch_gives_zero(name):
         weights=jnp.zeros_like(batch.weights),
         lengths=jnp.zeros_like(batch.lengths),
     )
-    (value, metrics), gradient = jax.value_and_grad(term, has_aux=True)(x, batch)
+    (value, metrics), gradient = value_and_grad(name, "token_mean")(x, batch)
     assert float(value) == 0
     assert not np.asarray(gradient).any()
     assert not any(np.isnan(m) for m in metrics.values())
@@ -135,7 +135,7 @@ def test_minus_infinity_never_makes_a_nan(name, where):
         names = {"lp": ("ref", "sampler"), "top": ("teacher",), "logits": ("ref_logits",)}[case.x]
         arrays = batch.arrays | {n: batch.arrays[n].at[at].set(-jnp.inf) for n in names}
         batch = batch.replace(arrays=arrays)
-    (value, metrics), gradient = jax.value_and_grad(term, has_aux=True)(x, batch)
+    (value, metrics), gradient = value_and_grad(name, "token_mean")(x, batch)
     assert not np.isnan(value)
     assert not np.isnan(np.asarray(gradient)).any()
     assert not any(np.isnan(m) for m in metrics.values())
@@ -155,7 +155,7 @@ def test_nan_is_never_hidden(name, where):
             pytest.skip("it reads no reference")
         arrays = {n: jnp.full_like(batch.arrays[n], jnp.nan) for n in names}
         batch = batch.replace(arrays=batch.arrays | arrays)
-    value, _ = term(x, batch)
+    (value, _), _ = value_and_grad(name, "token_mean")(x, batch)
     assert np.isnan(value)
 
 

@@ -82,7 +82,7 @@ class Remembers(jr.weighting.Rule):
         return super().init(weights)[0], {"sum": jnp.zeros(())}
 
     def update(self, out, state, weights):
-        return {n: state["sum"] for n in self.names}, {"sum": state["sum"] + out.base_loss.grad_norm}
+        return dict.fromkeys(self.names, state["sum"]), {"sum": state["sum"] + out.base_loss.grad_norm}
 
 
 class Steps(jr.weighting.Rule):

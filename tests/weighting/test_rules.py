@@ -193,7 +193,9 @@ def test_averages_begin_at_the_weights_given_and_do_not_wind_up(name, rng):
     a[1][:5, 1] = 1e-6
     weights = np.asarray(run(W.clip(rule, 0.0, 2.0), v, n, a))[:, 0]
     assert weights[4] == 2.0
-    assert abs(weights[14] - usual[-1]) < 0.8 * abs(2.0 - usual[-1]) + 1e-6  # ten steps later it is on its way
+    assert (
+        abs(weights[14] - usual[-1]) < 0.8 * abs(2.0 - usual[-1]) + 1e-6
+    )  # ten steps later it is on its way
 
 
 def test_wrappers_do_what_they_say(rng):
