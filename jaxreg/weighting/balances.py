@@ -65,7 +65,7 @@ def gradient_balance(*names: str, decay: float = 0.9) -> Rule:
     """Weights that make all weighted gradients equally long (Wang et al. 2023, jaxpi):
     ``wᵢ = EMA(meanⱼ‖gⱼ‖/‖gᵢ‖)``.
 
-    The base loss is one of them, and all are divided by its weight.
+    The base loss is one of them, and all are divided by its weight. Averages begin at the weights given.
 
     Args:
       names: the terms; none stands for all.
@@ -96,7 +96,8 @@ class LRAnnealing(_Averaging):
 
 
 def lr_annealing(*names: str, decay: float = 0.9) -> Rule:
-    """Learning-rate annealing (Wang, Teng & Perdikaris 2021): ``wᵢ = EMA(max|∇base| / mean|∇valueᵢ|)``.
+    """Learning-rate annealing (Wang, Teng & Perdikaris 2021): ``wᵢ = EMA(max|∇base| / mean|∇valueᵢ|)``,
+    an average that begins at the weight given.
 
     Args:
       names: the terms; none stands for all.
