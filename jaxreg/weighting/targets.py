@@ -192,8 +192,8 @@ def gradient_share(name: str, *, share: float = 0.1, decay: float = 0.9) -> Rule
       decay: of the moving average, which begins at the weight given; from 0 to 1.
 
     Needs norms. Where the term's gradient is 0 the weight stays; where it is nearly 0 at first, as of a KL to
-    the model itself, the ratio is immense for a while: put ``clip(rule, 0.0, most)`` around it, from which the
-    average goes on.
+    the model itself, the ratio is immense for a while: put ``clip(rule, 0.0, most)`` around it, from which
+    the average goes on.
 
     Example:
       >>> import jaxreg as jr
