@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxreg.base.events import listening
 from jaxreg.batch.packing import pad
-from jaxreg.client.errors import NonFiniteGradient
+from jaxreg.client.errors import NonFiniteGradient, RemoteError
 from jaxreg.client.host_terms import joined
 from jaxreg.client.telling import Telling
 from jaxreg.client.wire import first_nonfinite
@@ -30,15 +30,16 @@ def evaluate(work: Work, logprobs: Sequence[np.ndarray], told: Telling) -> Evalu
     work.calls.start(work.packed.data, [np.broadcast_to(values, values.shape) for values in logprobs])
     if listening():
         told.inputs = Inputs(work.compiled, list(logprobs), work.packed.batch, work.state, work.key)
-    done = _differentiate(work, logprobs)
-    told.lap("objective")
-    if work.calls.terms:
-        try:
-            results = work.calls.collect()
-        except Exception as error:
-            error.add_note("No gradient was sent: the remote model is as it was.")
-            raise
-        done = joined(work, done, results)
+    try:
+        done = _differentiate(work, logprobs)
+        told.lap("objective")
+        if work.calls.terms:
+            done = joined(work, done, work.calls.collect())
+    except RemoteError:
+        raise  # it says so itself
+    except Exception as error:  # a host term's, beside what is compiled or inside it
+        error.add_note("No gradient was sent: the remote model is as it was.")
+        raise
     told.lap("host")
     return done
 
