@@ -53,8 +53,8 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
     """Along random directions, one leaf at a time, in float64 for this block alone."""
     with jax.enable_x64(True):
         wide, batch = float64(term.x), float64(term.batch)
-        value = jax.jit(term.value)
-        gradient = jax.tree.leaves(jax.jit(jax.grad(term.value))(wide, batch))
+        both = jax.jit(jax.value_and_grad(term.value))  # one program for the value, too
+        gradient = jax.tree.leaves(both(wide, batch)[1])
         leaves: list[Array]
         treedef: Any
         leaves, treedef = jax.tree.flatten(wide)
@@ -67,7 +67,7 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
                 direction *= shaped(mask, direction.ndim)
             # A step of 1e-6: the difference's own error is near 1e-9 for a value and curvature near 1.
             shifted = [
-                value(treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), batch)
+                both(treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), batch)[0]
                 for s in (1e-6, -1e-6)
             ]
             numerical = float(shifted[0] - shifted[1]) / 2e-6
