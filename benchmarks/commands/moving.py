@@ -80,16 +80,17 @@ class Run:
 
         def step(objective: jr.CompositeLoss, x: Any, batch: Any, state: Any) -> tuple[Any, Any]:
             (_, out), gradient = objective.value_and_grad(x, batch, state=state)
-            return gradient, out.state
+            return gradient, out  # all of it, or the compiler would leave out what nobody reads
 
         self._step: Any = jax.jit(step)
 
     def steps(self, count: int) -> Any:
         """So many steps, each waited for; the last one's gradient."""
         for _ in range(count):
-            gradient, self._state = jax.block_until_ready(
+            gradient, out = jax.block_until_ready(
                 self._step(self._objective, self._x, self._batch, self._state)
             )
+            self._state = out.state
         return gradient
 
     @property
