@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.aggregation.aggregator import Aggregator, Combination, one_of, registered, static
-from jaxreg.aggregation.parts import length_of, parts
+from jaxreg.aggregation.parts import parts
 from jaxreg.base.types import Array, PyTree
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -88,10 +88,11 @@ class ConFIG(Aggregator):
         wanted = split.present.astype(gramian.dtype)
         own, _ = pseudo_solve(split.cosines, wanted)
         own = own * wanted
-        length = length_of(split.cosines, own)
-        rounding = 8 * len(own) * jnp.finfo(own.dtype).eps
-        nothing = length**2 <= rounding * jnp.sum(jnp.abs(own)) ** 2  # as of two gradients that are opposite
-        divisor = jnp.where(nothing, 1, length)
+        # ownᵀ·C·own, which is their sum as C·own is 1: so large coefficients of both signs round once only.
+        square, eps = jnp.sum(own), jnp.finfo(own.dtype).eps
+        rounding = jnp.maximum(8 * len(own) * eps * jnp.sum(jnp.abs(own)), 16 * eps)
+        nothing = square <= rounding  # as of gradients that are opposite
+        divisor = jnp.where(nothing, 1, jnp.sqrt(jnp.where(nothing, 1, square)))
         largest = jnp.max(split.lengths)
         largest = jnp.where(largest > 0, largest, 1)
         along = jnp.matmul(split.cosines, own, precision=HIGHEST)

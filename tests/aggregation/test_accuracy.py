@@ -95,6 +95,16 @@ def test_the_direction_is_that_of_float64(name):
         assert np.quantile(off, 0.99) <= 1e-4
 
 
+def test_config_of_nearly_dependent_gradients():
+    """Large coefficients of both signs, whose direction squaring them would lose."""
+    rows = gradients("random", 32, 300, seed=11)
+    got = jax.jit(jax.vmap(ConFIG()))(np.einsum("nkd,nld->nkl", rows, rows).astype(np.float32))
+    want = np.stack([config(row) for row in rows])
+    size = np.maximum(np.linalg.norm(rows, axis=2).max(1), np.linalg.norm(want, axis=1))
+    off = np.linalg.norm(np.einsum("nk,nkd->nd", np.asarray(got, np.float64), rows) - want, axis=1) / size
+    assert np.quantile(off, 0.99) <= 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_pcgrad_and_gradvac_in_the_same_orders(kind, count):
