@@ -53,8 +53,8 @@ class Aggregator:
 
     Args:
       wrt: whose gradients an objective combines with it: ``"outputs"``, with one pullback of the model;
-        ``"params"``, by the exact Gramian in parameter space, with one pullback a term and one more. **None**
-        is ``"outputs"``.
+        ``"params"``, by the exact Gramian in parameter space, with one pullback a term. **None** is
+        ``"outputs"``.
       nonfinite: what becomes of a Gramian with NaN or ∞ in it. ``"propagate"``: all coefficients are NaN, as
         a plain sum would be. ``"drop"``: the plain sum of the gradients that are finite. ``"raise"``: a
         `FloatingPointError` where the numbers are at hand, and ``"propagate"`` where JAX traces.
