@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxreg.aggregation.aggregator import Aggregator, Combination, in_range, one_of, registered, static
 from jaxreg.aggregation.nnls import nnls
-from jaxreg.aggregation.parts import parts
+from jaxreg.aggregation.parts import parts, power_of_two
 from jaxreg.base.types import Array, PyTree
 
 
@@ -96,7 +96,12 @@ def _program(gramian: Array, reg_eps: Array | float, relative_to: str) -> tuple[
     eye = jnp.eye(len(gramian), dtype=gramian.dtype)
     if relative_to == "diagonal":
         split = parts(gramian)
-        return split.cosines + reg_eps * eye, split.divisors
+        # In multiples of powers of two, which round nothing: next to reg_eps every digit counts.
+        scales = power_of_two(split.divisors)
+        most = (split.lengths / scales)[:, None] * (split.lengths / scales)[None, :]
+        q = jnp.clip(gramian / scales[:, None] / scales[None, :], -most, most)
+        own = jnp.where(split.present, jnp.diagonal(gramian) / scales / scales, 1)
+        return jnp.where(eye > 0, (own + reg_eps * own)[:, None], (q + q.T) / 2), scales
     trace = jnp.trace(gramian)
     return gramian / jnp.where(trace > 0, trace, 1) + reg_eps * eye, jnp.ones(len(gramian), gramian.dtype)
 

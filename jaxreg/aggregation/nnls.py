@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxreg.aggregation.parts import power_of_two
 from jaxreg.base.types import Array
 
 HIGHEST = lax.Precision.HIGHEST
@@ -42,8 +43,9 @@ def nnls(q: Array, b: Array) -> Solution:
     """
     count, eps = len(b), float(jnp.finfo(b.dtype).eps)
     diagonal = jnp.diagonal(q)
-    scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-    q, b = q * scale[:, None] * scale[None, :], b * scale  # the diagonal is 1, whatever the terms' scales are
+    # The diagonal is near 1, whatever the terms' scales are, and no digit is rounded.
+    scale = 1 / power_of_two(jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)))
+    q, b = q * scale[:, None] * scale[None, :], b * scale
     size = jnp.max(jnp.abs(b))
     size = jnp.where(size > 0, size, 1)
     b = b / size

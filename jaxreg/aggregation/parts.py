@@ -36,6 +36,12 @@ def parts(gramian: Array) -> Parts:
     return Parts(lengths, divisors, jnp.where(jnp.eye(len(lengths), dtype=bool), 1, ratio), present)
 
 
+def power_of_two(values: Array) -> Array:
+    """The next power of two above each of positive numbers: to divide by it rounds nothing."""
+    _, exponent = jnp.frexp(values)
+    return jnp.ldexp(jnp.ones_like(values), exponent)
+
+
 def length_of(cosines: Array, weights: Array) -> Array:
     """The length of ``Σ weightᵢ·unit gradientᵢ``."""
     return jnp.sqrt(jnp.maximum(weights @ cosines @ weights, 0))
