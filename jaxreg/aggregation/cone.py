@@ -49,11 +49,11 @@ class UPGrad(Aggregator):
 
     def _combine(self, gramian: Array, key: Array | None, state: PyTree) -> Combination:
         count = len(gramian)
-        q, lengths = _program(gramian, self.reg_eps, self.relative_to)
-        # In multiples of the i-th gradient's own length, so that no program knows the scale of another's.
+        q, scales = _program(gramian, self.reg_eps, self.relative_to)
+        # In multiples of the i-th gradient's own scale, so that no program knows the scale of another's.
         found = jax.vmap(lambda column: nnls(q, -column))(q)
         rows = jnp.eye(count, dtype=q.dtype) + found.z
-        coefficients = jnp.sum(rows * (lengths[:, None] / lengths[None, :]), axis=0)
+        coefficients = jnp.sum(rows * (scales[:, None] / scales[None, :]), axis=0)
         return Combination(coefficients, {"kkt_residual": jnp.max(found.residual)})
 
 
@@ -85,25 +85,27 @@ class DualProj(Aggregator):
         _check_regularization(self)
 
     def _combine(self, gramian: Array, key: Array | None, state: PyTree) -> Combination:
-        q, lengths = _program(gramian, self.reg_eps, self.relative_to)
-        own = lengths / jnp.max(lengths)
+        q, scales = _program(gramian, self.reg_eps, self.relative_to)
+        own = scales / jnp.max(scales)
         found = nnls(q, -jnp.matmul(q, own, precision=jax.lax.Precision.HIGHEST))
         return Combination((own + found.z) / own, {"kkt_residual": found.residual})
 
 
 def _program(gramian: Array, reg_eps: Array | float, relative_to: str) -> tuple[Array, Array]:
-    """The matrix of the programs, in variables that are multiples of lengths, and the lengths."""
-    eye = jnp.eye(len(gramian), dtype=gramian.dtype)
-    if relative_to == "diagonal":
-        split = parts(gramian)
-        # In multiples of powers of two, which round nothing: next to reg_eps every digit counts.
-        scales = power_of_two(split.divisors)
-        most = (split.lengths / scales)[:, None] * (split.lengths / scales)[None, :]
-        q = jnp.clip(gramian / scales[:, None] / scales[None, :], -most, most)
-        own = jnp.where(split.present, jnp.diagonal(gramian) / scales / scales, 1)
-        return jnp.where(eye > 0, (own + reg_eps * own)[:, None], (q + q.T) / 2), scales
-    trace = jnp.trace(gramian)
-    return gramian / jnp.where(trace > 0, trace, 1) + reg_eps * eye, jnp.ones(len(gramian), gramian.dtype)
+    """The matrix of the programs, and the scales that its variables are multiples of."""
+    count, dtype = len(gramian), gramian.dtype
+    if relative_to == "trace":
+        trace = jnp.trace(gramian)
+        q = gramian / jnp.where(trace > 0, trace, 1) + reg_eps * jnp.eye(count, dtype=dtype)
+        return q, jnp.ones(count, dtype)
+    split = parts(gramian)
+    # In multiples of powers of two, which round nothing: next to reg_eps every digit counts.
+    scales = power_of_two(split.divisors)
+    q = gramian / scales[:, None] / scales[None, :]
+    squares = jnp.where(split.present, jnp.diagonal(q), 1)  # not clipped: lengths are rounded
+    most = jnp.outer(split.lengths / scales, split.lengths / scales)
+    q = jnp.clip((q + q.T) / 2, -most, most)
+    return jnp.fill_diagonal(q, squares + reg_eps * squares, inplace=False), scales
 
 
 def _check_regularization(aggregator: UPGrad | DualProj) -> None:

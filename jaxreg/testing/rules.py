@@ -124,9 +124,8 @@ def _names(subject: _Subject) -> str | None:
 
 
 def _state(subject: _Subject) -> str | None:
-    first, state = subject.rule.init(subject.weights)
-    out = subject.output(subject.values[0], subject.norms[0])
-    _, following = subject.rule.update(out, state, subject.weights | first)
+    weights, state = subject.begun()
+    _, following = subject.rule.update(subject.output(subject.values[0], subject.norms[0]), state, weights)
     if _described(following) != _described(state):
         return f"it was {_described(state)} and became {_described(following)}"
     return None
@@ -156,20 +155,16 @@ def _vmap(subject: _Subject) -> str | None:
 
 def _compiles(subject: _Subject) -> str | None:
     traces = 0
-    leaves, structure = jax.tree.flatten(subject.rule)
-    if jax.tree_util.all_leaves([subject.rule]):  # a class that is no pytree: its numbers stay inside it
-        leaves, structure = jax.tree.flatten(jax.tree_util.Partial(subject.rule.update))
 
-    def update(leaves: list[Any], *arguments: Any) -> Any:
+    def update(*arguments: Any) -> Any:
         nonlocal traces
         traces += 1
-        rule = jax.tree.unflatten(structure, leaves)
-        return getattr(rule, "update", rule)(*arguments)
+        return subject.rule.update(*arguments)
 
     compiled = jax.jit(update)
     weights, state = subject.begun()
     for values, norms in zip(subject.values[:3], subject.norms[:3], strict=True):
-        chosen, state = compiled(leaves, subject.output(values, norms), state, weights)
+        chosen, state = compiled(subject.output(values, norms), state, weights)
         weights = weights | chosen
     return f"three steps traced it {traces} times" if traces > 1 else None
 
@@ -178,9 +173,8 @@ def _ranges(subject: _Subject) -> str | None:
     for scale in (1.0, 1e-15, 1e15):
         for v, n in ((scale, 1.0), (1.0, scale), (scale, scale)):
             for t, weights in enumerate(subject.run(subject.values * v, subject.norms * n)):
-                bad = {name: w for name, w in weights.items() if not (np.isfinite(w) and w >= 0)}
-                if bad:
-                    return f"at {v:g} times the values and {n:g} times the norms, step {t}: {_plain(bad)}"
+                if bad := _no_weights(weights):
+                    return f"at {v:g} times the values and {n:g} times the norms, step {t}: {bad}"
     return None
 
 
@@ -189,10 +183,9 @@ def _zero(subject: _Subject) -> str | None:
         norms = subject.norms.copy()
         norms[2:5, k] = 0
         for t, weights in enumerate(subject.run(subject.values, norms)):
-            bad = {name: w for name, w in weights.items() if not (np.isfinite(w) and w >= 0)}
-            if bad:
+            if bad := _no_weights(weights):
                 whose = "the base loss" if k == 0 else repr(subject.terms[k - 1])
-                return f"where the gradient of {whose} is 0, step {t}: {_plain(bad)}"
+                return f"where the gradient of {whose} is 0, step {t}: {bad}"
     return None
 
 
@@ -200,10 +193,8 @@ def _sticks(subject: _Subject) -> str | None:
     for wrong in (np.nan, np.inf):
         values, norms = subject.values.copy(), subject.norms.copy()
         values[3], norms[5] = wrong, wrong
-        last = subject.run(values, norms)[-1]
-        bad = {name: w for name, w in last.items() if not np.isfinite(w)}
-        if bad:
-            return f"{_plain(bad)} long after a step of {wrong}"
+        if bad := _no_weights(subject.run(values, norms)[-1]):
+            return f"{bad} long after a step of {wrong}"
     return None
 
 
@@ -233,6 +224,11 @@ def _waits(subject: _Subject) -> str | None:
 def _described(state: PyTree) -> str:
     leaves, structure = jax.tree.flatten(state)
     return f"{structure} of {[described(leaf) for leaf in leaves]}"
+
+
+def _no_weights(weights: dict[str, Any]) -> dict[str, float]:
+    """Those that are not finite, or negative."""
+    return {name: w for name, w in _plain(weights).items() if not (np.isfinite(w) and w >= 0)}
 
 
 def _plain(weights: dict[str, Any]) -> dict[str, float]:
