@@ -12,6 +12,9 @@ from jaxreg import weighting as weighting
 from jaxreg.base.releases import WrongGradientsWarning as WrongGradientsWarning
 from jaxreg.base.version import __version__ as __version__
 from jaxreg.batch.token_batch import TokenBatch as TokenBatch
+from jaxreg.core.accumulate import accumulate as accumulate
+from jaxreg.core.accumulate import add_part as add_part
+from jaxreg.core.accumulate import finish_parts as finish_parts
 from jaxreg.core.compose import MixedReductionsWarning as MixedReductionsWarning
 from jaxreg.core.compose import compose as compose
 from jaxreg.core.conflicts import Conflict as Conflict

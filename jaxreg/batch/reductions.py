@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 
 from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.counting import counted
 from jaxreg.batch.shards import refuse_own_mean
+from jaxreg.batch.totals import Totals
 
 
 class Reductions:
@@ -15,6 +18,7 @@ class Reductions:
 
     mask: Array
     weights: Array
+    totals: Totals | None  # the whole's, where this is a part
     local: bool  # whether means of one device's own tokens are meant, inside shard_map
 
     @property
@@ -55,9 +59,14 @@ class Reductions:
         return jnp.sum(weighted)
 
     def mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar."""
+        """Σ weight·value / Σ weight over all tokens (``token_mean``): a scalar.
+
+        Of a part of a batch, its share of the whole's mean: Σ weight is the whole's.
+        """
         self.check_whole("mean")
         weighted, weight = self._weighted(values, weights)
+        if self.totals is not None:
+            return _ratio(jnp.sum(weighted), *self._whole(self.totals, weighted, weights))
         return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
 
     def datum_sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
@@ -75,18 +84,51 @@ class Reductions:
     def datum_mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Mean over datums of each datum's own mean (``datum_mean``): a scalar.
 
-        Datums without any weight are not counted.
+        Datums without any weight are not counted. Of a part of a batch, its share of the whole's mean.
         """
         self.check_whole("datum_mean")
+        means = self.datum_means(values, weights=weights)
+        if self.totals is not None:
+            datums = self._which(weights, self.totals.datums, self.totals.real_datums)
+            return _ratio(jnp.sum(means), datums.astype(means.dtype), datums > 0)
         _, weight = self._weighted(values, weights)
         counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
-        means = self.datum_means(values, weights=weights)
         return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
 
     def check_whole(self, what: str) -> None:
         """Refuse to divide by what counts where that is one device's part, unless that is meant."""
-        if not self.local:
+        if self.totals is None and not self.local:
             refuse_own_mean(what)
+
+    def share(self) -> Array:
+        """Which share of the whole's datums that count are in this part: 1 of a batch that is whole."""
+        if self.totals is None:
+            return jnp.ones((), accumulation_dtype(jnp.float32))
+        own, whole = jnp.sum(jnp.any(self.counted, axis=1)), jnp.asarray(self.totals.datums)
+        wide = accumulation_dtype(jnp.float32)
+        return _ratio(own.astype(wide), whole.astype(wide), whole > 0)
+
+    def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
+        """Σ weight of the whole batch for values of this shape, and whether anything counts there."""
+        if values.ndim == 1:
+            count = self._which(weights, totals.datums, totals.real_datums)
+            return count.astype(values.dtype), count > 0
+        weight = self._which(weights, totals.weight, totals.tokens).astype(values.dtype)
+        some = self._which(weights, totals.datums, totals.tokens) > 0
+        axes = self.weights.ndim if weights is None else 2
+        return weight * math.prod(values.shape[axes:]), some
+
+    def _which(self, weights: ArrayLike | None, by_weight: Array, by_mask: Array) -> Array:
+        """A total under the batch's own weights, or under its mask; others are not known."""
+        if weights is None:
+            return jnp.asarray(by_weight)
+        if weights is self.mask:
+            return jnp.asarray(by_mask)
+        raise ValueError(
+            "this batch is a part of one, and the sum of these weights over the whole is not known: give no "
+            "weights, weights=batch.mask, or take batch.reweighted(name), the batch with its weights times "
+            "an array that it holds; or divide batch.sum(...) by a number that is the whole's"
+        )
 
     def _weighted(self, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
         """weight·value and the weight, both of the values' shape, in float32 or wider."""

@@ -18,18 +18,19 @@ from jaxreg.batch.buckets import Buckets, bucket_function, close_length, close_r
 from jaxreg.batch.counting import token_weights
 from jaxreg.batch.packing import pack_arrays
 from jaxreg.batch.pairs import pair_numbers
+from jaxreg.batch.parts import Parts
 from jaxreg.batch.ragged import gather, places, scatter
-from jaxreg.batch.reductions import Reductions
 from jaxreg.batch.shown import batch_rows, batch_title
+from jaxreg.batch.totals import Totals, taken_totals
 from jaxreg.batch.values import refuse_probabilities
 
 BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
 _OWN = ("mask", "weights")  # fields that are arrays of the mapping, too
-_FIELDS = (*_OWN, "lengths", "present", "pairs", "local")
+_FIELDS = (*_OWN, "lengths", "present", "pairs", "totals", "local")
 
 
 @flax.struct.dataclass(eq=False)
-class TokenBatch(Reductions, Mapping[str, Array]):
+class TokenBatch(Parts, Mapping[str, Array]):
     """A batch of B datums of up to T tokens: a pytree, and a mapping from name to array.
 
     Attributes:
@@ -45,6 +46,8 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         mask's.
       pairs: int [B], where `pack_pairs` made the batch: k for the chosen and −k for the rejected answer
         of pair k, 0 for a padded row; else None. Losses on pairs refuse rows that it does not call pairs.
+      totals: where this is a part of a batch (`split`, `with_totals`, ``pack(..., totals_of=)``), the whole's
+        `Totals`, which its means are divided by, so that the parts' values and gradients add up; else None.
       local: whether means inside `jax.shard_map` are each device's own on purpose; see `as_local`.
 
     Make one with `pack` (ragged data), `pack_pairs`, or `from_arrays` (rectangular arrays).
@@ -78,6 +81,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
     arrays: dict[str, Array] = flax.struct.field(default_factory=dict)
     present: Array | None = None
     pairs: Array | None = None
+    totals: Totals | None = None
     local: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -87,6 +91,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         *,
         length_buckets: Buckets = close_length,
         row_buckets: Buckets = close_rows,
+        totals_of: Sequence[Any] | None = None,
     ) -> TokenBatch:
         """Pack ragged datums into one padded, masked batch of NumPy arrays.
 
@@ -100,6 +105,8 @@ class TokenBatch(Reductions, Mapping[str, Array]):
             length to the padded one. Default: 8, 10, 12, 14, 16, then four sizes a doubling.
           row_buckets: the same for B. Default: the next even number up to 16, then eight sizes a
             doubling; always even, so that pairs stay pairs.
+          totals_of: all datums of the batch that this is a part of, where several requests or processes
+            share it; the parts' values and gradients then add up to the whole's.
 
         Every size that is not seen before compiles a program, and every padded token is computed. With
         the defaults less than a fifth of the padded length (from 8 tokens on) and a ninth of the padded
@@ -119,7 +126,10 @@ class TokenBatch(Reductions, Mapping[str, Array]):
             data, bucket_function(length_buckets, "length"), bucket_function(row_buckets, "row")
         )
         # NumPy arrays: whoever calls the compiled program decides where they go.
-        return cls(*cast(Any, packed))
+        batch = cls(*cast(Any, packed))
+        if totals_of is None:
+            return batch
+        return batch.with_totals(cls.pack(totals_of, length_buckets=int, row_buckets=int).own_totals())
 
     @classmethod
     def pack_pairs(
@@ -158,7 +168,12 @@ class TokenBatch(Reductions, Mapping[str, Array]):
 
     @classmethod
     def from_arrays(
-        cls, *, mask: ArrayLike | None = None, weights: ArrayLike | None = None, **arrays: ArrayLike
+        cls,
+        *,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        totals: Totals | None = None,
+        **arrays: ArrayLike,
     ) -> TokenBatch:
         """Make a batch of arrays that are rectangular already; works inside jit.
 
@@ -166,6 +181,7 @@ class TokenBatch(Reductions, Mapping[str, Array]):
           mask: bool [B, T], the real tokens; all by default. They may stand anywhere in their row. A row
             that is masked whole is padding, and `unpack` leaves it out.
           weights: [B, T] or [B, T, K]; the mask by default.
+          totals: the whole's, of a part of a batch; see `with_totals`.
           **arrays: [B, T, ...] or [B] by name.
 
         Raises:
@@ -181,7 +197,8 @@ class TokenBatch(Reductions, Mapping[str, Array]):
           >>> left.lengths.tolist(), left.unpack(jnp.array([[7, 8, 9]]))
           ([2], [array([8, 9], dtype=int32)])
         """
-        return _of_arrays(mask, weights, arrays, "TokenBatch.from_arrays")
+        made = _of_arrays(mask, weights, arrays, "TokenBatch.from_arrays")
+        return made.of_whole(totals)
 
     def with_arrays(self, **arrays: ArrayLike) -> TokenBatch:
         """The batch with more arrays, or others of the same names; all else stays: mask, weights, pairs.
@@ -215,12 +232,12 @@ class TokenBatch(Reductions, Mapping[str, Array]):
         Without it they are an error there: unless every device has the same weight of tokens, the mean of
         the devices' means is not the mean of the whole batch. Sums need nothing of this, for they add up.
         """
-        return self.replace(local=True)  # type: ignore[attr-defined, no-any-return]
+        return self.replace(local=True, totals=None)
 
     def __getitem__(self, name: str) -> Array:
         if name in self.arrays:
             return self.arrays[name]
-        if name in _OWN:
+        if name in self._own():
             return cast(Array, getattr(self, name))
         hint = f"; say batch.{name}" if name in _FIELDS else ""
         near = did_you_mean(name, self.arrays)
@@ -235,11 +252,15 @@ class TokenBatch(Reductions, Mapping[str, Array]):
             raise AttributeError(f"a TokenBatch has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __iter__(self) -> Iterator[str]:
-        yield from _OWN
+        yield from self._own()
         yield from self.arrays
 
     def __len__(self) -> int:
-        return len(_OWN) + len(self.arrays)
+        return len(self._own()) + len(self.arrays)
+
+    def _own(self) -> tuple[str, ...]:
+        """The fields that are of the mapping, too, so that ``{**batch, ...}`` forgets nothing."""
+        return _OWN if self.totals is None else (*_OWN, "totals")
 
     def __bool__(self) -> bool:
         return True  # with a mask alone, too
@@ -285,6 +306,9 @@ class TokenBatch(Reductions, Mapping[str, Array]):
 
     def _places(self) -> list[tuple[int, slice | np.ndarray]]:
         return places(np.asarray(self.mask if self.present is None else self.present))
+
+
+TokenBatch.replace = Parts.replace  # type: ignore[method-assign]  # flax sets its own, after the class body
 
 
 def _of_arrays(
@@ -348,6 +372,7 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
         if jnp.ndim(like) < 2:
             raise ValueError(f"{who}: expected token data of shape [B, T, ...], got {jnp.shape(like)}")
         arrays = dict(batch or {})
+        totals = taken_totals(arrays)
         mask, weights = arrays.pop("mask", None), arrays.pop("weights", None)
         shape = jnp.shape(like if mask is None else mask)[:2]
         given = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -356,7 +381,8 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
         fitting = {name: array for name, array in given.items() if name not in odd}
         if len(shape) != 2 or (mask is not None and jnp.ndim(mask) != 2):
             raise ValueError(f"{who}: the batch's mask is [B, T], got shape {jnp.shape(mask)}")
-        return _made(mask, weights, given, fitting, shape, who)
+        made = _made(mask, weights, given, fitting, shape, who)
+        return made.of_whole(totals)
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )

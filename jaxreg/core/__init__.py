@@ -1,4 +1,4 @@
 """Named terms become one pure function, compiled once, that says what every term did.
 
-Imports ``base``; it knows no term, no batch, no sink and no screen. Read first: `spec.py`, then `step.py`.
+Imports ``base`` and ``batch``; it knows no term, sink or screen. Read first: `spec.py`, then `step.py`.
 """

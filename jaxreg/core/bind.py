@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxreg.base.paths import leaf_paths
 from jaxreg.base.shown import called, described
 from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.totals import is_part
 from jaxreg.core.aggregate import combine_space, has_state, solve
 from jaxreg.core.measured import held
 from jaxreg.core.notes import add_place
+from jaxreg.core.parted import of_part
 from jaxreg.core.passes import Ask, BoundTerm, Combine, Combined
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import call_term, has_default, requested_arguments
@@ -28,13 +30,13 @@ def bind_terms(
     """The terms as functions of the differentiated value, each with the weight of this step."""
     fns, weights = plan.fns(leaves), weights_at(plan, leaves, state)
     terms = []
-    for name, fn, place, weight in zip(plan.names, fns, plan.places, weights, strict=True):
+    for i, (name, fn, place, weight) in enumerate(zip(plan.names, fns, plan.places, weights, strict=True)):
         extra = _own_key(fn, key, name, who(name))
         if "state" in requested_arguments(fn):
             extra["state"] = own_state(state, name)
         # Without a model there is one space: x is the params, where a term says that it is on them.
         on_params = place == "params" and plan.model is not None
-        terms.append(BoundTerm(_bound(fn, batch, extra, who(name)), weight, on_params, who(name)))
+        terms.append(BoundTerm(_bound(plan, i, fn, batch, extra), weight, on_params, who(name)))
     return terms
 
 
@@ -124,11 +126,16 @@ def check_differentiable(tree: PyTree, what: str, remedy: str) -> None:
 
 
 def _bound(
-    fn: TermFn, batch: PyTree, extra: dict[str, Any], whose: str
+    plan: Plan, i: int, fn: TermFn, batch: PyTree, extra: dict[str, Any]
 ) -> Callable[[PyTree], tuple[Array, tuple[dict[str, Array], PyTree]]]:
+    whose, part = who(plan.names[i]), is_part(batch)
+
     def bound(x: PyTree) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
+        def call(batch: PyTree) -> tuple[Array, dict[str, Array], PyTree]:
+            return call_term(fn, x, batch, extra, whose)
+
         with jax.named_scope(whose.replace(" ", "_")):
-            value, metrics, next_state = call_term(fn, x, batch, extra, whose)
+            value, metrics, next_state = of_part(call, plan, i, fn, batch) if part else call(batch)
         return value, (metrics, next_state)
 
     return bound

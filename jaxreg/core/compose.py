@@ -137,7 +137,11 @@ def compose(
         weighting=moved,
         aggregator=numbers,
     )
-    plan = shared(tuple(names), tuple(parts), places, schedules, model, norms, has_aux, rule, ruled, combiner)
+    additive = (None, *(spec.additive for spec in specs))
+    said = additive if any(own is not None for own in additive) else ()
+    plan = shared(
+        tuple(names), tuple(parts), places, schedules, model, norms, has_aux, rule, ruled, combiner, said
+    )
     return CompositeLoss(leaves, plan)
 
 

@@ -46,8 +46,8 @@ def differentiate(terms: Sequence[BoundTerm], forward: Forward | None, x: PyTree
         return _measured(terms, run_forward(forward, x), x, ask)
     return lax.cond(
         ask.held.fresh,
-        lambda: _as_held(_measured(terms, run_forward(forward, x), x, ask), ask),
-        lambda: _as_held(_between(terms, run_forward(forward, x), x, ask), ask),
+        lambda: as_held(_measured(terms, run_forward(forward, x), x, ask), ask),
+        lambda: as_held(_between(terms, run_forward(forward, x), x, ask), ask),
     )
 
 
@@ -91,7 +91,7 @@ def _evaluated(terms: Sequence[BoundTerm], outputs: PyTree, x: PyTree) -> Pass:
     return Pass(total_of(terms, values), values, extras, None)
 
 
-def _as_held(done: Pass, ask: Ask) -> Pass:
+def as_held(done: Pass, ask: Ask) -> Pass:
     """What was measured in the dtypes of what is carried from step to step, in which both branches agree."""
     assert ask.held is not None
 

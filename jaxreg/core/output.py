@@ -106,6 +106,8 @@ class CustomLossOutput:
       norms_age: int32, how many steps ago the norms were measured, with ``GradNorms(every=n)``; None where
         every step's are its own.
       aggregation: an `AggregationOutput`, what the aggregator did; None without one.
+      approximate: the terms whose part of a batch is no share of the whole's value, which is ``additive=
+        "approximate"`` in their spec (static).
       gramian_terms: the terms that the rows of ``gramian`` belong to (static).
 
     Example:
@@ -138,6 +140,7 @@ class CustomLossOutput:
     norms_age: Array | None = None
     aggregation: AggregationOutput | None = None
     gramian_terms: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    approximate: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def cosines(self) -> Array:
         """[K, K]: the cosines of the angles between the terms' weighted gradients, of ``gramian_terms``.

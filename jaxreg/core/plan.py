@@ -40,6 +40,7 @@ class Plan:
     weighting: StaticPart | None = None  # the rule that moves weights
     ruled: tuple[str, ...] = ()  # the terms whose weights it moves
     aggregator: StaticPart | None = None  # what replaces the plain sum of the weighted gradients
+    additive: tuple[Any, ...] = ()  # by term, what its spec says of the parts of a batch; () where none does
 
     def fns(self, leaves: Leaves) -> list[TermFn]:
         """The terms, whole again."""

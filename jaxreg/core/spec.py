@@ -14,6 +14,10 @@ It may ask for more with keyword-only arguments of these names, and gets nothing
 A term that is meaningful on parameters only (weight decay) says so with an attribute ``place = "params"``,
 which is then the default of its spec's ``on``.
 
+What becomes of a term where the batch is a part of one, it says with an attribute ``additive``, or its spec
+does; and of its metrics, with an attribute ``metric_kinds``, from their names to ``"sum"``, ``"max"``,
+``"min"``, ``"root"`` (of the sum of squares), ``"same"`` or ``("exp", name)``, exp of another one.
+
 A term that holds arrays (a starting point, a Fisher diagonal) is a registered pytree: its arrays then
 travel with the objective as arguments of the compiled program and are never baked into it.
 """
@@ -25,7 +29,7 @@ import enum
 import inspect
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +40,7 @@ from jaxreg.base.types import Array, ArrayLike, Place, PyTree, Schedule, TermFn
 from jaxreg.core.notes import add_place
 
 NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
+Additive: TypeAlias = bool | Literal["same", "approximate"]
 OPTIONAL_ARGUMENTS = ("key", "state")
 RESERVED_METRICS = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
 BASE = "base_loss"
@@ -58,6 +63,13 @@ class RegularizerSpec:
         ``"params"`` for those on parameters (`WeightL2`, ...), else ``"outputs"``. Without ``forward`` every
         term gets x, and only terms on parameters may say ``"params"``.
 
+      additive: what becomes of the term where the batch is a part of one (micro-batches, shards, several
+        requests). True: the parts' values add up to the whole's, as those of sums do, and of
+        ``batch.mean``, which divides by the whole's totals. ``"same"``: it reads no batch, so each part has
+        the whole's, and counts for its share of the datums. ``"approximate"``: the parts' own values,
+        weighted by their datums, marked in ``out.approximate``. False: a part is refused. **None**: what the
+        term says itself (its attribute ``additive``), and where it says nothing, a part is refused.
+
     Raises:
       TypeError, ValueError: naming the term, when any of these is not so.
 
@@ -72,6 +84,7 @@ class RegularizerSpec:
     fn: TermFn
     weight: ArrayLike | Schedule
     on: Place | None = None
+    additive: Additive | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -80,6 +93,7 @@ class RegularizerSpec:
             check_weight(self.weight, self.name)
         if self.on not in (None, "outputs", "params"):
             raise ValueError(f"term {self.name!r}: on must be 'outputs' or 'params', got {self.on!r}")
+        check_additive(self.additive, f"term {self.name!r}")
         own = own_place(self.fn)
         if self.on == "outputs" and own == "params":
             raise ValueError(
@@ -111,8 +125,9 @@ def as_spec(spec: Regularizer) -> RegularizerSpec:
             f"a regularizer is a RegularizerSpec or a mapping with the keys fn, weight and name; "
             f"got {type(spec).__name__}"
         )
-    fields = {"name", "fn", "weight", "on"}
-    missing, unknown = fields - {"on"} - set(spec), set(spec) - fields
+    optional = {"on", "additive"}
+    fields = {"name", "fn", "weight"} | optional
+    missing, unknown = fields - optional - set(spec), set(spec) - fields
     if missing or unknown:
         raise ValueError(
             f"regularizer {spec.get('name', '(no name)')!r}: "
@@ -121,9 +136,15 @@ def as_spec(spec: Regularizer) -> RegularizerSpec:
                 for what, keys in (("missing", missing), ("unknown", unknown))
                 if keys
             )
-            + f"; a mapping has the keys {sorted(fields)}, of which 'on' may be left out"
+            + f"; a mapping has the keys {sorted(fields)}, of which 'on' and 'additive' may be left out"
         )
     return RegularizerSpec(**spec)
+
+
+def check_additive(additive: object, who: str) -> None:
+    """Refuse what says nothing about the parts of a batch."""
+    if not (additive is None or isinstance(additive, bool) or additive in ("same", "approximate")):
+        raise ValueError(f"{who}: additive is True, False, 'same' or 'approximate', got {additive!r}")
 
 
 def check_name(name: object) -> None:

@@ -66,7 +66,7 @@ def _difference(one: Plan, other: Plan) -> str:
             other.parts[i],
             other.places[i],
             other.schedules[i],
-        ):
+        ) or one.additive[i : i + 1] != other.additive[i : i + 1]:
             return f"the {who(name)} is another function"
     said = {
         "forward": "model",

@@ -7,12 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.totals import is_part
 from jaxreg.core.aggregate import not_differentiable
 from jaxreg.core.bind import bind_ask, bind_forward, bind_terms, check_argument
 from jaxreg.core.gradients import differentiate, evaluate
 from jaxreg.core.measured import age, measured
 from jaxreg.core.named import Regularizers
 from jaxreg.core.output import AggregationOutput, BaseLossOutput, CustomLossOutput, RegularizerOutput
+from jaxreg.core.parted import approximate_terms
 from jaxreg.core.passes import Ask, BoundTerm, Pass, members, weighted
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.rules import moved_weights
@@ -26,7 +28,7 @@ def call(
     check_argument(plan, x)
     terms = bind_terms(plan, leaves, batch, state, key)
     done = evaluate(terms, bind_forward(plan, leaves, batch, key), x)
-    out = _report(plan, leaves, terms, done, state, Ask())
+    out = report(plan, leaves, terms, done, state, Ask(), is_part(batch))
     return out.loss_total, out
 
 
@@ -38,13 +40,20 @@ def value_and_grad(
     terms = bind_terms(plan, leaves, batch, state, key)
     ask = bind_ask(plan, leaves, state, key)
     done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, ask)
-    out = _report(plan, leaves, terms, done, state, ask)
+    out = report(plan, leaves, terms, done, state, ask, is_part(batch))
     return (out.loss_total, out), done.gradient
 
 
-def _report(
-    plan: Plan, leaves: Leaves, terms: list[BoundTerm], done: Pass, state: PyTree, ask: Ask
+def report(
+    plan: Plan,
+    leaves: Leaves,
+    terms: list[BoundTerm],
+    done: Pass,
+    state: PyTree,
+    ask: Ask,
+    part: bool,
 ) -> CustomLossOutput:
+    """What a pass over a batch (or a part of one) gave, as people see it, and the state of the next step."""
     own = [_measured_of(done, i) for i in range(len(terms))]
     regularizers: Regularizers[RegularizerOutput] = Regularizers()
     regularizer_total = jnp.zeros_like(done.total)
@@ -74,6 +83,7 @@ def _report(
         norms_age=None if ask.held is None else age(state, ask.held),
         aggregation=_aggregation(plan, done, ask),
         gramian_terms=among,
+        approximate=approximate_terms(plan, leaves) if part else (),
     )
     by_name = {name: extra[1] for name, extra in zip(plan.names, done.extras, strict=True)}
     moved = measured(plan, state, done, ask.held)

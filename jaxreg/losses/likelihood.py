@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.terms.inputs import INPUTS, Inputs, token_logprobs, token_rows
 from jaxreg.terms.masked import REDUCTIONS, Reduction, check_choice, reduce_tokens
@@ -39,6 +42,7 @@ class CrossEntropy:
       (1.5, 1.5)
     """
 
+    metric_kinds: ClassVar = Kinds("sum", perplexity=("exp", "nll"))
     inputs: Inputs = "logprobs"
     targets: str = "target_tokens"
     reduction: Reduction = "token_mean"

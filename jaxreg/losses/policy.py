@@ -11,11 +11,12 @@ beyond; values and metrics are finite for every finite log-ratio.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.inputs import INPUTS, Inputs, read_folded, sampled
@@ -48,6 +49,7 @@ class Read(NamedTuple):
 class PolicyLoss:
     """What they all read."""
 
+    metric_kinds: ClassVar = Kinds("sum", ratio_max="max", ratio_min="min")
     sampler: Source = "logprobs"
     advantages: Source = "advantages"
     inputs: Inputs = "logprobs"

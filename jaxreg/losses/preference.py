@@ -178,11 +178,12 @@ def _over_pairs(tokens: TokenBatch, losses: Array, rewards: Array, who: str) -> 
     chosen, rejected = rewards[0::2], rewards[1::2]
     margin = chosen - rejected
     # Both poison the value and the gradient alike: neither would mean anything.
-    return _mean(losses, both) * poison, {
-        "accuracy": _mean((margin > 0).astype(margin.dtype), both),
-        "margin": _mean(margin, both),
-        "chosen_reward": _mean(chosen, both),
-        "rejected_reward": _mean(rejected, both),
+    count = jnp.sum(both) if tokens.totals is None else tokens.totals.pairs()
+    return _mean(losses, both, count) * poison, {
+        "accuracy": _mean((margin > 0).astype(margin.dtype), both, count),
+        "margin": _mean(margin, both, count),
+        "chosen_reward": _mean(chosen, both, count),
+        "rejected_reward": _mean(rejected, both, count),
     }
 
 
@@ -199,9 +200,8 @@ def _refused(wrong: Array, message: str, *, rows: bool = False) -> Array:
     return jnp.where(some, jnp.nan, 1.0)
 
 
-def _mean(values: Array, counted: Array) -> Array:
-    count = jnp.maximum(jnp.sum(counted), 1).astype(values.dtype)
-    return jnp.sum(jnp.where(counted, values, 0.0)) / count
+def _mean(values: Array, counted: Array, count: Array) -> Array:
+    return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(count, 1).astype(values.dtype)
 
 
 def _check_positive(value: float, who: str, what: str) -> None:

@@ -145,8 +145,11 @@ def _guilty_datums(value_of: Callable[[PyTree, PyTree], Array], x: PyTree, batch
         here = (jnp.arange(batch.shape[0]) == row)[:, None]
         weights = jnp.asarray(batch.weights)
         kept = here if weights.ndim == 2 else here[..., None]
-        single = batch.replace(  # type: ignore[attr-defined]
-            mask=batch.mask & here, weights=jnp.where(kept, weights, 0), lengths=batch.lengths * here[:, 0]
+        single = batch.replace(
+            mask=batch.mask & here,
+            weights=jnp.where(kept, weights, 0),
+            lengths=batch.lengths * here[:, 0],
+            totals=batch.totals,  # a share of the whole is as finite
         )
         return value_of(x, single)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.divergences import FORWARD, REVERSE, SYMMETRIC, Kind, divergence
@@ -69,6 +70,7 @@ class KL:
       1.0
     """
 
+    metric_kinds: ClassVar = Kinds("sum", max="max")
     reference: Source = "ref_logprobs"
     direction: Literal["forward", "reverse"] = "forward"
     symmetric: bool = False
@@ -178,6 +180,7 @@ class JS:
       0.6931
     """
 
+    metric_kinds: ClassVar = Kinds("sum", max="max")
     reference: Source = "ref_logprobs"
     beta: float = 0.5
     reduction: Reduction = "token_mean"

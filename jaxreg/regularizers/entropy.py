@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.estimators import Gradient, check_gradient, estimated, off_policy
@@ -64,6 +65,7 @@ class Entropy:
       1.3863
     """
 
+    metric_kinds: ClassVar = Kinds("sum", perplexity=("exp", "mean"))
     mode: Literal["minimize", "maximize"] = "minimize"
     inputs: Inputs | None = None
     gradient: Gradient | None = None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.totals import taken_totals
 from jaxreg.terms.gaussians import gaussian_divergence
 from jaxreg.terms.inputs import check_weights
-from jaxreg.terms.masked import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens
+from jaxreg.terms.masked import REDUCTIONS, Reduction, check_choice, real_values, reduce_tokens, refuse_part
 from jaxreg.terms.ratios import mean_large, reduce_large, sum_large
 from jaxreg.terms.term import Source, read, term
 from jaxreg.terms.view import field
@@ -65,6 +68,7 @@ class GaussianKL:
       (2.5, 1.0)
     """
 
+    metric_kinds: ClassVar = Kinds("sum", active_units=None)
     mean: str = "mean"
     log_var: str = "log_var"
     prior_mean: Source = 0.0
@@ -83,6 +87,11 @@ class GaussianKL:
             raise ValueError(f"GaussianKL: free_bits is a finite number of nats ≥ 0, got {self.free_bits!r}")
         check_choice(self.reduction, REDUCTIONS, "GaussianKL", "reduction")
 
+    @property
+    def additive(self) -> bool:
+        """Whether the parts of a batch add up to the whole: without free bits."""
+        return not self.free_bits
+
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The divergence of the posteriors in outputs x."""
         mean, log_var = self._posterior(x)
@@ -97,6 +106,9 @@ class GaussianKL:
         kl = gaussian_divergence(mean - prior_mean, log_var, prior_log_var)
         each = jax.vmap(lambda v: reduce_large(rows, v, self.reduction), in_axes=-1)(kl)  # [D]
         if self.free_bits:
+            refuse_part(
+                rows, "GaussianKL", "free_bits are of means over the whole batch", "leave free_bits= out"
+            )
             ones = jnp.ones(rows.shape, each.dtype)
             floor = self.free_bits * reduce_tokens(rows, ones, self.reduction)
             each = jnp.where(each < floor, floor, each)
@@ -138,13 +150,15 @@ def _rows(batch: PyTree, shape: tuple[int, ...]) -> TokenBatch:
     """What counts of posteriors of this shape: [B, T] where they are the tokens', else [B, 1]."""
     if not isinstance(batch, TokenBatch):
         arrays = dict(batch) if isinstance(batch, Mapping) else {}
+        totals = taken_totals(arrays)
         given = {name: jnp.asarray(arrays.pop(name)) for name in ("mask", "weights") if name in arrays}
         of_tokens = any(array.ndim > 1 for array in given.values())
         if not of_tokens:
             _check_lead(given, shape[:1])
             given = {name: array[:, None] for name, array in given.items()}
-        made = TokenBatch.from_arrays(**(given or {"mask": jnp.ones((shape[0], 1), bool)}))
-        batch = made.replace(arrays=arrays)  # type: ignore[attr-defined]
+        real = given.pop("mask", None if given else jnp.ones((shape[0], 1), bool))
+        made = TokenBatch.from_arrays(mask=real, weights=given.get("weights"))
+        batch = made.replace(arrays=arrays).of_whole(totals)
         if not of_tokens:
             return batch
     _check_lead({"mask": batch.mask}, shape[: min(2, len(shape) - 1)])
@@ -152,7 +166,8 @@ def _rows(batch: PyTree, shape: tuple[int, ...]) -> TokenBatch:
     if len(shape) > 2:
         return batch
     datums = TokenBatch.from_arrays(mask=jnp.any(batch.counted, axis=1)[:, None])
-    return datums.replace(arrays=batch.arrays, local=batch.local)  # type: ignore[attr-defined,no-any-return]
+    totals = None if batch.totals is None else batch.totals.of_datums()
+    return datums.replace(arrays=batch.arrays, local=batch.local, totals=totals)
 
 
 def _check_lead(arrays: Mapping[str, Array], lead: tuple[int, ...]) -> None:

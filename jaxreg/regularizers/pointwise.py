@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch, as_token_batch
 from jaxreg.terms.extremes import largest
@@ -18,6 +19,7 @@ from jaxreg.terms.masked import (
     not_infinite,
     real_values,
     reduce_tokens,
+    refuse_part,
 )
 from jaxreg.terms.term import term
 
@@ -40,6 +42,7 @@ class L1:
       1.5
     """
 
+    metric_kinds: ClassVar = Kinds("sum", max="max")
     target: str = "logprobs"
     strength: float = 1.0
     reduction: Reduction = "token_mean"
@@ -76,6 +79,7 @@ class L2:
       1.0
     """
 
+    metric_kinds: ClassVar = Kinds("sum", rms="root")
     target: str = "logprobs"
     strength: float = 1.0
     center: float | Literal["mean"] | None = None
@@ -89,12 +93,20 @@ class L2:
             raise ValueError(f"L2: clip is a positive number or None, got {self.clip!r}")
         _check(self.strength, self.reduction, "L2")
 
+    @property
+    def additive(self) -> bool:
+        """Whether the parts of a batch add up to the whole: unless it is centred on the batch's own mean."""
+        return self.center != "mean"
+
     def __call__(self, x: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [B, T] or [B, T, K]."""
         tokens, values = _values(x, batch, self.target, "L2")
         finite = not_infinite(values)
         values = jnp.where(finite, values, 0.0)
         if isinstance(self.center, str):
+            refuse_part(
+                tokens, "L2", "center='mean' is the mean of the whole batch", "give center= a number, or None"
+            )
             counted = tokens.mean(finite.astype(values.dtype))
             values = values - tokens.mean(values) / jnp.where(counted == 0, 1.0, counted)
         elif self.center is not None:
@@ -104,7 +116,10 @@ class L2:
             values = jnp.where(jnp.abs(values) > self.clip, jnp.sign(values) * self.clip, values)
         limit = jnp.inf if self.clip is None else self.clip**2
         squares = jnp.where(finite, jnp.square(values), limit)
-        metrics = {"rms": jnp.sqrt(tokens.mean(squares))}
+        mean = tokens.mean(squares)
+        # A part's own may be below 0 where weights are, though the whole's is not.
+        part = tokens.totals is not None
+        metrics = {"rms": jnp.sign(mean) * jnp.sqrt(jnp.abs(mean)) if part else jnp.sqrt(mean)}
         return self.strength * reduce_tokens(tokens, squares, self.reduction), metrics
 
 

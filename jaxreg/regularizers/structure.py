@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.numbers import squared, widened
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import as_token_batch
@@ -21,6 +22,7 @@ from jaxreg.terms.masked import (
     plogp_ratio,
     real_values,
     reduce_tokens,
+    refuse_part,
 )
 from jaxreg.terms.scale import directions, norms
 from jaxreg.terms.term import Source, needs, read_like, term
@@ -98,6 +100,7 @@ class Orthogonality:
       2.0
     """
 
+    metric_kinds: ClassVar = Kinds("sum", max_cosine="max")
     mode: Literal["soft", "hard", "spectral"] = "soft"
     axis: Literal["rows", "columns"] = "rows"
 
@@ -108,6 +111,8 @@ class Orthogonality:
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The penalty of x [N, D] or [B, T, D]."""
         if jnp.ndim(x) == 2:
+            why = "a matrix [N, D] has a Gram matrix of all of its rows"
+            refuse_part(batch, "Orthogonality", why, "give one matrix a datum, [B, T, D]")
             value, largest = gram_distance(widened(x), self.mode, self.axis)
             return value, {"max_cosine": largest}
         x = needs(x, 3, "Orthogonality", "a matrix [N, D], or one a datum [B, T, D]")

@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.estimators import Gradient, check_gradient, estimated, off_policy
 from jaxreg.terms.inputs import (
     INPUTS,
@@ -166,17 +167,35 @@ class Unlikelihood:
         check_choice(self.inputs, INPUTS, "Unlikelihood", "inputs")
         check_choice(self.reduction, REDUCTIONS, "Unlikelihood", "reduction")
 
+    @property
+    def reweighted(self) -> tuple[str, ...]:
+        """The arrays of the batch that its weights are multiplied by."""
+        return (self.candidates,) if isinstance(self.candidates, str) else ()
+
     def __call__(self, x: Array, batch: PyTree) -> tuple[Array, dict[str, Array]]:
         """The loss of x [B, T], the logprobs of the tokens in question, or of logits."""
         who = "Unlikelihood"
         if self.inputs == "logprobs":
             needs(x, 2, who, "logits (with inputs='logits') or sampled-token logprobs [B, T]")
         tokens = token_rows(batch, x, who, self.inputs)
-        if self.candidates is not None:
+        if tokens.totals is not None and self.candidates is not None:
+            tokens = _reweighted_part(tokens, self.candidates)
+        elif self.candidates is not None:
             shape = x.shape if self.inputs == "logprobs" else x.shape[:-1]
             chosen = read_folded(self.candidates, tokens, shape, who, "candidates", per_datum=True)
-            tokens = tokens.replace(weights=tokens.weights * chosen)  # type: ignore[attr-defined]
+            tokens = tokens.replace(weights=tokens.weights * chosen)
         logprobs = token_logprobs(tokens, x, who, self.inputs, self.targets)
         rest = -jnp.expm1(logprobs)
         loss = -jnp.log(jnp.where(rest < self.floor, self.floor, rest))
         return reduce_tokens(tokens, loss, self.reduction), {"p": tokens.mean(jnp.exp(logprobs))}
+
+
+def _reweighted_part(tokens: TokenBatch, candidates: Source) -> TokenBatch:
+    """A part of a batch with the candidates' weights, which the whole was summed under."""
+    if not isinstance(candidates, str):
+        raise ValueError(
+            "Unlikelihood: this batch is a part of one, and only of candidates that are an array of the "
+            "batch, by its name, can the whole's weights be known: put them into the batch, "
+            "candidates='unwanted'"
+        )
+    return tokens.reweighted(candidates)

@@ -15,6 +15,8 @@ from jaxreg.terms.masked import counts
 def largest(batch: TokenBatch, values: Array, among: Any = True) -> Array:
     """The largest of values [B, T, ...], of either sign, over the tokens that count; 0 if none does.
 
+    In a part of a batch it is −∞ then, so that the largest of the parts' is the whole's.
+
     Args:
       batch: says which tokens count.
       values: [B, T, ...]. No gradient.
@@ -22,6 +24,8 @@ def largest(batch: TokenBatch, values: Array, among: Any = True) -> Array:
     """
     counted = counts(batch).reshape(batch.shape + (1,) * (values.ndim - 2)) & among
     found = jnp.max(jnp.where(counted, jax.lax.stop_gradient(values), -jnp.inf), initial=-jnp.inf)
+    if batch.totals is not None:
+        return found
     return jnp.where(jnp.any(counted), found, jnp.zeros_like(found))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch, as_token_batch
+from jaxreg.batch.totals import taken_totals
 from jaxreg.terms.masked import counts, real_values
 from jaxreg.terms.term import Source, named, needs, read
 
@@ -200,6 +201,7 @@ def _folded(batch: PyTree, x: Array, who: str) -> TokenBatch:
         return as_token_batch(batch, x, who)
     arrays = dict(batch or {})
     given: dict[str, Any] = {name: arrays.pop(name, None) for name in ("mask", "weights")}
+    totals = taken_totals(arrays)
     for name, array in given.items():
         if array is not None and jnp.shape(array) != lead:
             raise ValueError(
@@ -209,7 +211,7 @@ def _folded(batch: PyTree, x: Array, who: str) -> TokenBatch:
     mask = jnp.ones(shape, bool) if given["mask"] is None else jnp.reshape(given["mask"], shape)
     weights = None if given["weights"] is None else jnp.reshape(given["weights"], shape)
     made = TokenBatch.from_arrays(mask=mask, weights=weights)
-    return made.replace(arrays=arrays)  # type: ignore[attr-defined,no-any-return]
+    return made.replace(arrays=arrays).of_whole(totals)
 
 
 def _fold(lead: tuple[int, ...]) -> tuple[int, int]:

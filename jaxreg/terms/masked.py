@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.numbers import widened
-from jaxreg.base.types import Array
+from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.counting import counted
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.totals import is_part
 from jaxreg.batch.values import refuse_positive
 
 Reduction: TypeAlias = Literal["token_mean", "token_sum", "datum_mean"]
@@ -21,6 +22,15 @@ def check_choice(value: object, choices: tuple[str, ...], who: str, what: str) -
     """Refuse a value that is not one of the choices, and list them."""
     if value not in choices:
         raise ValueError(f"{who}: {what} is one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def refuse_part(batch: PyTree, who: str, why: str, remedy: str) -> None:
+    """Refuse a part of a batch to a term whose value is not the sum of its parts'."""
+    if is_part(batch):
+        raise ValueError(
+            f"{who}: {why}, so the parts of a batch do not add up to the whole; {remedy}, or say "
+            f"additive='approximate' in its spec: the parts' own values, weighted by their datums"
+        )
 
 
 def reduce_tokens(batch: TokenBatch, values: Array, reduction: Reduction) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.base.kinds import Kinds
 from jaxreg.base.pytrees import register_fields
 from jaxreg.base.shown import fields_of
 from jaxreg.base.types import Array, PyTree
@@ -28,6 +29,9 @@ def term(cls: _Class) -> _Class:
 
     Fields that a `Source` or parameters may stand in (``reference``, ``sampler``, ...) are children of
     the pytree, so arrays in them are arguments of the compiled program; all other fields are static.
+
+    Where a class says nothing else, its value and metrics add up over the parts of a batch (``additive``,
+    ``metric_kinds``), or, of a term on parameters, are the same in each.
     """
     made: Any = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]
@@ -35,6 +39,11 @@ def term(cls: _Class) -> _Class:
     made.__eq__ = _equal
     made.__hash__ = _hash
     made.__repr__ = fields_of
+    # Over the parts of a batch, where the term says nothing else: what is of parameters is the same in each.
+    of_params = getattr(made, "place", None) == "params"
+    for name, plain in (("additive", True), ("metric_kinds", Kinds("sum"))):
+        if not hasattr(made, name):
+            setattr(made, name, ("same" if name == "additive" else Kinds("same")) if of_params else plain)
     register_fields(made, data, [name for name in names if name not in data])
     return cast(_Class, made)
 

@@ -175,7 +175,8 @@ def _moved(term: Subject, ranks: list[np.ndarray], to: list[np.ndarray], length:
 
     batch = term.batch
     arrays = {name: move(array) for name, array in batch.arrays.items()}
-    moved = TokenBatch.from_arrays(mask=move(batch.mask), weights=move(batch.weights), **arrays)
+    plain = TokenBatch.from_arrays(mask=move(batch.mask), weights=move(batch.weights))
+    moved = plain.with_arrays(**arrays)
     answer = term.answer(move(term.x), moved)
     gradient = np.zeros(term.x.shape, answer.gradient[0].dtype)
     gradient[old] = answer.gradient[0][new]

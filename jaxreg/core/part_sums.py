@@ -1,0 +1,380 @@
+"""What adds up over the parts of a batch: values, gradients, squares of norms, and metrics by their kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxreg.base.kinds import MetricKind
+from jaxreg.base.norm import absolutes, l2_norm
+from jaxreg.base.numbers import accumulation_dtype
+from jaxreg.base.paths import select_leaves
+from jaxreg.base.types import Array, PyTree
+from jaxreg.core.gramian import gramian, products_of_trees
+from jaxreg.core.in_outputs import in_outputs, outputs_gramian
+from jaxreg.core.norms import GradNorms
+from jaxreg.core.passes import Ask, BoundTerm, Norms, Pass, members, total_of
+from jaxreg.core.pullback import Model, pull_rows
+from jaxreg.core.sums import scales_of, weighted_sum, with_params_terms
+from jaxreg.core.vjps import term_gradients
+
+
+class Sums(NamedTuple):
+    """What was added up so far. Which fields there are depends on what is measured, and on nothing else."""
+
+    values: list[Array]
+    metrics: list[dict[str, Array]]  # those whose kind is known
+    states: dict[str, PyTree]  # of stateful terms, after the last part
+    gradient: PyTree = None  # of the weighted sum; of leaves that `rows` has not
+    rows: list[PyTree] | None = None  # by term, its own gradient, as a list of the chosen leaves
+    norms: list[Array] | None = None  # of the terms on outputs, where parts have outputs of their own
+    total: Array | None = None
+    absolutes: list[tuple[Array, Array]] | None = None
+    gramian: Array | None = None  # of the outputs' gradients
+    parts: Array | None = None  # how many
+    seen: Array | None = None  # datums that count (or equal parts), so far
+    whole: Array | None = None  # and in the whole batch
+
+
+class Want(NamedTuple):
+    """What is to be added up, for an ask."""
+
+    ask: Ask
+    names: tuple[str, ...]  # of the terms, the base loss first
+    shared: bool  # whether x is the parts' own outputs (False) or what all of them share (True: no model)
+    kinds: list[Mapping[str, MetricKind]]
+
+    @property
+    def rows(self) -> bool:
+        """Whether every term's own gradient is to be held."""
+        measures = self.ask.norms is not None or self.ask.combine is not None
+        return measures and (self.ask.in_params or self.ask.combine is not None or self.shared)
+
+    @property
+    def outputs_gramian(self) -> bool:
+        """Whether the Gramian is that of the outputs' gradients, of which every part has its own."""
+        norms = self.ask.norms
+        tracked = norms is not None and norms.gramian and self.ask.space == "outputs"
+        return not self.shared and (tracked or self.ask.combines("outputs"))
+
+
+def of_part(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> tuple[Sums, PyTree]:
+    """One part's own sums, and its norms a datum, where they are wanted."""
+    if want.rows:
+        return _with_rows(terms, model, x, want), None
+    if want.ask.norms is not None:
+        done = in_outputs(terms, model, x, want.ask)
+        assert done.norms is not None
+        own = members([term.on_params for term in terms], "outputs")
+        found = [done.norms.terms[i] for i in own]
+        sizes = [done.norms.absolutes[i] for i in own] if want.ask.norms.absolutes else None
+        sums = _plain(done.values, done.extras, want)._replace(
+            gradient=_wide(done.gradient),
+            norms=found,  # type: ignore[arg-type]
+            total=done.norms.total,
+            absolutes=sizes,  # type: ignore[arg-type]
+            gramian=done.norms.gramian,
+        )
+        return sums, [done.norms.per_datum[i] for i in own] if want.ask.norms.per_datum else None
+    values, extras, gradient = _total_gradient(terms, model, x)
+    return _plain(values, extras, want)._replace(gradient=_wide(gradient)), None
+
+
+def _total_gradient(
+    terms: Sequence[BoundTerm], model: Model, x: PyTree
+) -> tuple[list[Array], list[Any], PyTree]:
+    """The gradient of the weighted sum, by one vjp through all terms and the model."""
+
+    def total(outputs: PyTree, params: PyTree) -> tuple[Array, tuple[list[Array], list[Any]]]:
+        found = [term.fn(params if term.on_params else outputs) for term in terms]
+        values = [value for value, _ in found]
+        return total_of(terms, values), (values, [extra for _, extra in found])
+
+    on_params = any(term.on_params for term in terms)
+    numbers = (0, 1) if on_params else (0,)
+    (_, (values, extras)), slopes = jax.value_and_grad(total, numbers, has_aux=True)(model.outputs, x)
+    gradient = model.pull(slopes[0])
+    return values, extras, jax.tree.map(jnp.add, gradient, slopes[1]) if on_params else gradient
+
+
+def _plain(values: list[Array], extras: list[Any], want: Want) -> Sums:
+    metrics = [
+        {n: metric for n, metric in extra[0].items() if kinds.get(n) in _ADDED}
+        for extra, kinds in zip(extras, want.kinds, strict=True)
+    ]
+    named = zip(want.names, extras, strict=True)
+    states = {name: extra[1] for name, extra in named if extra[1] is not None}
+    return Sums(list(values), metrics, states, parts=jnp.ones((), jnp.int32))
+
+
+def _with_rows(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> Sums:
+    values, extras, gradients = term_gradients(terms, model.outputs, x)
+    on_outputs = members([term.on_params for term in terms], "outputs")
+    norms = want.ask.norms or GradNorms()
+    chosen = _chosen(x, want)
+    cotangents = [gradients[i] for i in on_outputs]
+    stack = lax.optimization_barrier(jax.tree.map(lambda *c: jnp.stack(c), *cotangents))
+    pulled = pull_rows(model.pull, stack, norms.chunk_size)
+    rows: list[PyTree] = []
+    for i in range(len(terms)):
+        whole = gradients[i]
+        if i in on_outputs:
+            k = on_outputs.index(i)
+            whole = jax.tree.map(lambda leaf, k=k: leaf[k], pulled)
+        rows.append([_wide(leaf) for leaf, yes in zip(jax.tree.leaves(whole), chosen, strict=True) if yes])
+    sums = _plain(values, extras, want)._replace(rows=rows)
+    scales = scales_of(terms, range(len(terms)), None)
+    if not all(chosen):
+        own = weighted_sum([scales[i] for i in on_outputs], cotangents, model.outputs)
+        rest = with_params_terms(model.pull(own), terms, scales, gradients)
+        leaves = zip(jax.tree.leaves(rest), chosen, strict=True)
+        sums = sums._replace(gradient=[_wide(leaf) for leaf, yes in leaves if not yes])
+    if want.ask.norms is not None and want.ask.space == "outputs" and not want.shared:
+        total = weighted_sum([scales[i] for i in on_outputs], cotangents, model.outputs)
+        sums = sums._replace(
+            norms=[l2_norm(jax.tree.leaves(gradients[i])) for i in on_outputs],
+            total=l2_norm(jax.tree.leaves(total)),
+            absolutes=[absolutes(jax.tree.leaves(gradients[i])) for i in on_outputs]
+            if norms.absolutes
+            else None,
+        )
+    if want.outputs_gramian:
+        sizes = [l2_norm(jax.tree.leaves(gradients[i])) for i in on_outputs]
+        sums = sums._replace(gramian=outputs_gramian(terms, gradients, on_outputs, sizes))
+    return sums
+
+
+def _chosen(x: PyTree, want: Want) -> list[bool]:
+    """Which leaves every term's own gradient is held of."""
+    if want.ask.combine is not None or want.ask.norms is None:
+        return [True] * len(jax.tree.leaves(x))
+    return list(select_leaves(x, want.ask.norms.params, "GradNorms(params=...)"))
+
+
+_ADDED = ("sum", "max", "min", "root", "same")
+
+
+def nothing(like: Sums, want: Want) -> Sums:
+    """What sums begin with, of the shapes of one part's."""
+    zeros: Sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    first = {"max": -jnp.inf, "min": jnp.inf}
+    metrics = [
+        {n: jnp.full_like(m, first.get(str(kinds.get(n)), 0)) for n, m in own.items()}
+        for own, kinds in zip(zeros.metrics, want.kinds, strict=True)
+    ]
+    return zeros._replace(metrics=metrics)
+
+
+def added(a: Sums, b: Sums, want: Want) -> Sums:
+    """Both."""
+    metrics = [
+        {n: _merged(m, theirs[n], kinds.get(n)) for n, m in ours.items()}
+        for ours, theirs, kinds in zip(a.metrics, b.metrics, want.kinds, strict=True)
+    ]
+    return Sums(
+        values=_add(a.values, b.values),
+        metrics=metrics,
+        states=b.states,
+        gradient=_add(a.gradient, b.gradient),
+        rows=_add(a.rows, b.rows),
+        norms=None if a.norms is None else [_root(m, n) for m, n in zip(a.norms, b.norms or (), strict=True)],
+        total=None if a.total is None else _root(a.total, b.total),
+        absolutes=None
+        if a.absolutes is None
+        else [
+            (jnp.maximum(m[0], n[0]), m[1] + n[1])
+            for m, n in zip(a.absolutes, b.absolutes or (), strict=True)
+        ],
+        gramian=_add(a.gramian, b.gramian),
+        parts=_add(a.parts, b.parts),
+        seen=_add(a.seen, b.seen),
+        whole=b.whole,
+    )
+
+
+def over_devices(sums: Sums, want: Want, axis_name: Any) -> Sums:
+    """The sums of all devices of a mesh axis."""
+    metrics = [
+        {n: _over(m, kinds.get(n), axis_name) for n, m in own.items()}
+        for own, kinds in zip(sums.metrics, want.kinds, strict=True)
+    ]
+    added_up = (sums.values, sums.gradient, sums.rows, sums.gramian, sums.parts, sums.seen)
+    values, gradient, rows, gram, parts, seen = lax.psum(added_up, axis_name)
+    sizes = sums.absolutes
+    if sizes is not None:
+        sizes = [(lax.pmax(most, axis_name), lax.psum(mean, axis_name)) for most, mean in sizes]
+    return Sums(
+        values=values,
+        metrics=metrics,
+        states=jax.tree.map(lambda leaf: _over(leaf, "same", axis_name), sums.states),
+        gradient=gradient,
+        rows=rows,
+        norms=None if sums.norms is None else [_over(n, "root", axis_name) for n in sums.norms],
+        total=None if sums.total is None else _over(sums.total, "root", axis_name),
+        absolutes=sizes,
+        gramian=gram,
+        parts=parts,
+        seen=seen,
+        whole=None if sums.whole is None else lax.pmax(sums.whole, axis_name),
+    )
+
+
+def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_datum: PyTree) -> Pass:
+    """The pass over the whole batch that the sums of all of its parts are."""
+    ask, like = want.ask, jax.tree.leaves(x)
+    extras = [
+        (_metrics(own, kinds), sums.states.get(name))
+        for name, own, kinds in zip(want.names, sums.metrics, want.kinds, strict=True)
+    ]
+    done = Pass(total_of(terms, sums.values), sums.values, extras, None)
+    if sums.rows is None:
+        gradient = _narrow(sums.gradient, x)
+        norms = None if ask.norms is None else _outputs_norms(terms, sums, per_datum)
+        return done._replace(gradient=gradient, norms=norms)
+
+    space, rows = ask.space, sums.rows
+    of_params = space == "params" or want.shared
+    own = range(len(terms)) if of_params else members([t.on_params for t in terms], "outputs")
+    combined = None
+    if ask.combine is not None:
+        combined = ask.combine.solve(_gramian_for(terms, sums, want, ask.combine.space))
+    among = range(len(terms)) if combined is None else _members(terms, want, ask.combine.space)  # type: ignore[union-attr]
+    scales = scales_of(terms, among, None if combined is None else combined.coefficients)
+    chosen = _chosen(x, want)
+    held = [leaf for leaf, yes in zip(like, chosen, strict=True) if yes]
+    weighted = weighted_sum(scales, rows, held)
+    gradient = jax.tree.unflatten(jax.tree.structure(x), _in_place(weighted, sums.gradient, like, chosen))
+    done = done._replace(gradient=gradient, combined=combined)
+    if ask.norms is None:
+        return done
+    if not of_params:
+        return done._replace(norms=_outputs_norms(terms, sums, None))
+    by_term: list[Array | None] = [l2_norm(rows[i]) for i in own]
+    sized = [absolutes(rows[i]) if ask.norms.absolutes else None for i in own]
+    none: list[Array | None] = [None] * len(terms)
+    gram = _rows_gramian(terms, rows, list(own)) if ask.norms.gramian else None
+    return done._replace(norms=Norms(by_term, none, list(sized), l2_norm(weighted), gram))
+
+
+def _members(terms: Sequence[BoundTerm], want: Want, space: Any) -> list[int]:
+    return members([term.on_params for term in terms], space)
+
+
+def _gramian_for(terms: Sequence[BoundTerm], sums: Sums, want: Want, space: Any) -> Array:
+    if space == "outputs" and not want.shared:
+        assert sums.gramian is not None
+        return sums.gramian
+    assert sums.rows is not None
+    return _rows_gramian(terms, sums.rows, _members(terms, want, space))
+
+
+def _rows_gramian(terms: Sequence[BoundTerm], rows: list[PyTree], own: list[int]) -> Array:
+    sizes = jnp.stack([l2_norm(rows[i]) for i in own])
+    products, scales = products_of_trees([rows[i] for i in own], sizes)
+    return gramian(products, scales, sizes, [terms[i].weight for i in own])
+
+
+def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, per_datum: PyTree) -> Norms:
+    """What was measured of the outputs' gradients, in the order of all terms."""
+    own = members([term.on_params for term in terms], "outputs")
+    by_term: list[Array | None] = [None] * len(terms)
+    by_datum: list[Array | None] = [None] * len(terms)
+    sizes: list[tuple[Array, Array] | None] = [None] * len(terms)
+    for k, i in enumerate(own):
+        by_term[i] = (sums.norms or [])[k]
+        if per_datum is not None:
+            by_datum[i] = per_datum[k]
+        if sums.absolutes is not None:
+            most, means = sums.absolutes[k]
+            sizes[i] = (most, means / jnp.asarray(sums.parts, means.dtype))
+    assert sums.total is not None
+    return Norms(by_term, by_datum, sizes, sums.total, sums.gramian)
+
+
+def _in_place(chosen_leaves: Any, others: Any, like: list[Array], chosen: list[bool]) -> list[Array]:
+    first, rest = iter(chosen_leaves), iter(others or ())
+    return [
+        (next(first) if yes else next(rest)).astype(jnp.result_type(leaf))
+        for leaf, yes in zip(like, chosen, strict=True)
+    ]
+
+
+def _metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[str, Array]:
+    """The whole's metrics: those that were added up, and those that are functions of one of them."""
+    found = {name: _unsigned(metric, kinds.get(name)) for name, metric in own.items()}
+    named = getattr(kinds, "named", kinds)
+    for name, kind in named.items():
+        if isinstance(kind, tuple) and kind[0] == "exp" and kind[1] in found:
+            nats = found[kind[1]]
+            limit = 709.0 if jnp.finfo(nats.dtype).bits > 32 else 88.0
+            found[name] = jnp.where(jnp.isposinf(nats), jnp.inf, jnp.exp(jnp.minimum(nats, limit)))
+    return found
+
+
+def _merged(a: Array, b: Array, kind: MetricKind) -> Array:
+    if kind == "max":
+        return jnp.maximum(a, b)
+    if kind == "min":
+        return jnp.minimum(a, b)
+    if kind == "root":
+        return _root(a, b)
+    return b if kind == "same" else a + b
+
+
+def _over(metric: Array, kind: MetricKind, axis_name: Any) -> Array:
+    if kind == "min":
+        return lax.pmin(metric, axis_name)
+    if kind in ("max", "same"):
+        return lax.pmax(metric, axis_name)
+    if kind != "root":
+        return lax.psum(metric, axis_name)
+    size = _divisor(lax.pmax(jnp.abs(metric), axis_name))
+    return size * _signed_root(lax.psum(_signed_square(metric / size), axis_name))
+
+
+def _unsigned(metric: Array, kind: MetricKind) -> Array:
+    """As of a whole batch: the largest of nothing is 0, and the root of a negative number NaN."""
+    if kind == "root":
+        return jnp.where(metric < 0, jnp.nan, metric)
+    nothing = jnp.isneginf(metric) if kind == "max" else jnp.isposinf(metric)
+    return jnp.where(nothing, 0, metric) if kind in ("max", "min") else metric
+
+
+def _root(a: Array, b: Array) -> Array:
+    """√(a² + b²) at any scale; below 0, where a mean under negative weights is, the root keeps the sign."""
+    size = _divisor(jnp.maximum(jnp.abs(a), jnp.abs(b)))
+    return size * _signed_root(_signed_square(a / size) + _signed_square(b / size))
+
+
+def _divisor(size: Array) -> Array:
+    return jnp.where((size > 0) & (size < jnp.inf), size, jnp.ones_like(size))
+
+
+def _signed_square(x: Array) -> Array:
+    return x * jnp.abs(x)
+
+
+def _signed_root(x: Array) -> Array:
+    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
+def _add(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), tree)
+
+
+def _narrow(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, x: leaf.astype(jnp.result_type(x)), tree, like)
+
+
+def group_of(fns: Sequence[Any]) -> int:
+    """How many rows belong together for all terms."""
+    return math.lcm(*(getattr(fn, "rows_together", 1) for fn in fns))
