@@ -102,10 +102,10 @@ class Reductions:
 
     def share(self) -> Array:
         """Which share of the whole's datums that count are in this part: 1 of a batch that is whole."""
+        wide = jnp.result_type(float)
         if self.totals is None:
-            return jnp.ones((), accumulation_dtype(jnp.float32))
+            return jnp.ones((), wide)
         own, whole = jnp.sum(jnp.any(self.counted, axis=1)), jnp.asarray(self.totals.datums)
-        wide = accumulation_dtype(jnp.float32)
         return _ratio(own.astype(wide), whole.astype(wide), whole > 0)
 
     def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:

@@ -157,7 +157,8 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
         def measured(ask: Ask) -> Pass:
-            return _over_parts(plan, leaves, x, parts, state, key, ask, axis_name)
+            want = _want(plan, leaves, ask)._replace(filled=_filled(parts, batch))
+            return _over_parts(plan, leaves, x, parts, state, key, want, axis_name)
 
         done = measured(ask) if ask.held is None else _now_and_then(measured, ask)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
@@ -177,10 +178,9 @@ def _over_parts(
     parts: PyTree,
     state: PyTree,
     key: Array | None,
-    ask: Ask,
+    want: Want,
     axis_name: Any,
 ) -> Pass:
-    want = _want(plan, leaves, ask)
     count = len(jax.tree.leaves(parts)[0])
 
     def one(part: PyTree, i: Array, states: PyTree) -> tuple[Sums, PyTree]:
@@ -271,8 +271,17 @@ def _with_states(state: PyTree, states: PyTree) -> PyTree:
 
 def _rows_of(by_term: list[Array | None], batch: PyTree) -> list[Array | None]:
     """Norms a datum of the rows that there were, without those that filled up the last part."""
-    rows = batch.shape[0] if isinstance(batch, TokenBatch) else len(jax.tree.leaves(batch)[0])
-    return [None if own is None else own[:rows] for own in by_term]
+    return [None if own is None else own[: _count_rows(batch)] for own in by_term]
+
+
+def _filled(parts: PyTree, batch: PyTree) -> float:
+    """How many rows all parts have, for every row of the batch."""
+    leaf = next(leaf for leaf in jax.tree.leaves(parts) if jnp.ndim(leaf) > 1)
+    return leaf.shape[0] * leaf.shape[1] / _count_rows(batch)
+
+
+def _count_rows(batch: PyTree) -> int:
+    return batch.shape[0] if isinstance(batch, TokenBatch) else len(jax.tree.leaves(batch)[0])
 
 
 def _varying(tree: PyTree, axis_name: Any) -> PyTree:
@@ -282,11 +291,17 @@ def _varying(tree: PyTree, axis_name: Any) -> PyTree:
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
     def vary(leaf: Any) -> Any:
-        here = set(getattr(jax.typeof(leaf), "vma", ()))
-        missing = tuple(name for name in names if name not in here)
+        missing = tuple(name for name in names if name not in _varies_over(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree)
+
+
+def _varies_over(leaf: Any) -> Any:
+    """The axes over whose devices a value differs, as far as they are tracked."""
+    kind = jax.typeof(leaf)
+    tracked = getattr(kind, "manual_axis_type", None)  # since jax 0.10, before it `vma`
+    return getattr(kind, "vma", ()) if tracked is None else tracked.varying
 
 
 def _finite(objective: CompositeLoss, done: Result) -> Result:

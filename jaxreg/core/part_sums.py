@@ -48,6 +48,7 @@ class Want(NamedTuple):
     names: tuple[str, ...]  # of the terms, the base loss first
     shared: bool  # whether x is the parts' own outputs (False) or what all of them share (True: no model)
     kinds: list[Mapping[str, MetricKind]]
+    filled: float = 1.0  # by how much the rows that fill up the last part make all parts larger than the whole
 
     @property
     def rows(self) -> bool:
@@ -234,7 +235,7 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
     done = Pass(total_of(terms, sums.values), sums.values, extras, None)
     if sums.rows is None:
         gradient = _narrow(sums.gradient, x)
-        norms = None if ask.norms is None else _outputs_norms(terms, sums, per_datum)
+        norms = None if ask.norms is None else _outputs_norms(terms, sums, want, per_datum)
         return done._replace(gradient=gradient, norms=norms)
 
     space, rows = ask.space, sums.rows
@@ -253,7 +254,7 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
     if ask.norms is None:
         return done
     if not of_params:
-        return done._replace(norms=_outputs_norms(terms, sums, None))
+        return done._replace(norms=_outputs_norms(terms, sums, want, None))
     by_term: list[Array | None] = [l2_norm(rows[i]) for i in own]
     sized = [absolutes(rows[i]) if ask.norms.absolutes else None for i in own]
     none: list[Array | None] = [None] * len(terms)
@@ -279,7 +280,7 @@ def _rows_gramian(terms: Sequence[BoundTerm], rows: list[PyTree], own: list[int]
     return gramian(products, scales, sizes, [terms[i].weight for i in own])
 
 
-def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, per_datum: PyTree) -> Norms:
+def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, want: Want, per_datum: PyTree) -> Norms:
     """What was measured of the outputs' gradients, in the order of all terms."""
     own = members([term.on_params for term in terms], "outputs")
     by_term: list[Array | None] = [None] * len(terms)
@@ -291,7 +292,7 @@ def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, per_datum: PyTree) ->
             by_datum[i] = per_datum[k]
         if sums.absolutes is not None:
             most, means = sums.absolutes[k]
-            sizes[i] = (most, means / jnp.asarray(sums.parts, means.dtype))
+            sizes[i] = (most, means * want.filled / jnp.asarray(sums.parts, means.dtype))
     assert sums.total is not None
     return Norms(by_term, by_datum, sizes, sums.total, sums.gramian)
 
@@ -307,8 +308,7 @@ def _in_place(chosen_leaves: Any, others: Any, like: list[Array], chosen: list[b
 def _metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[str, Array]:
     """The whole's metrics: those that were added up, and those that are functions of one of them."""
     found = {name: _unsigned(metric, kinds.get(name)) for name, metric in own.items()}
-    named = getattr(kinds, "named", kinds)
-    for name, kind in named.items():
+    for name, kind in kinds.items():
         if isinstance(kind, tuple) and kind[0] == "exp" and kind[1] in found:
             nats = found[kind[1]]
             limit = 709.0 if jnp.finfo(nats.dtype).bits > 32 else 88.0

@@ -33,8 +33,8 @@ def approximate_terms(plan: Plan, leaves: Leaves) -> tuple[str, ...]:
 
 def kinds_of(fn: TermFn) -> Mapping[str, MetricKind]:
     """The kinds of a term's metrics, as far as they are known."""
-    kinds: Mapping[str, MetricKind] = getattr(fn, "metric_kinds", None) or {}
-    return kinds
+    kinds: Mapping[str, MetricKind] | None = getattr(fn, "metric_kinds", None)
+    return {} if kinds is None else kinds
 
 
 def of_part(call: Callable[[PyTree], Called], plan: Plan, i: int, fn: TermFn, batch: PyTree) -> Called:
