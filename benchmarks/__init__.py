@@ -5,6 +5,7 @@ Run from the repository's root, with jaxreg installed or on PYTHONPATH::
     python -m benchmarks --torch-python PYTHON   # two cases timed, as Markdown tables
     python -m benchmarks upgrad --torch-python PYTHON  # conflict-free steps in place of the plain sum
     python -m benchmarks moving                  # norms now and then, and rules that move weights
+    python -m benchmarks accumulate              # micro-batches: memory and time
     python -m benchmarks compile                 # compile time of 32 terms
     python -m benchmarks programs --tpu v5e:2x4  # flops, bytes and collectives of the programs
     python -m benchmarks client --torch-python PYTHON  # the client's own work a step

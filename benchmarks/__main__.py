@@ -25,6 +25,7 @@ def main() -> None:
     commands.add_parser("compile", help="compile time of 32 terms")
     commands.add_parser("upgrad", help="UPGrad in place of the plain sum, next to TorchJD's")
     commands.add_parser("moving", help="norms now and then, and rules that move weights")
+    commands.add_parser("accumulate", help="micro-batches: memory and time")
     commands.add_parser("client", help="the client's own work a step; needs --torch-python")
     commands.add_parser("host", help="host terms, and the cost of telemetry")
     soak = commands.add_parser("soak", help="steps that fail and are cancelled: leaks? needs psutil")
@@ -44,6 +45,8 @@ def main() -> None:
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
     elif options.command == "moving":
         _run_moving(options)
+    elif options.command == "accumulate":
+        _run_accumulate(options)
     elif options.command == "client":
         _run_client(options)
     elif options.command == "host":
@@ -69,6 +72,19 @@ def _run_moving(options: argparse.Namespace) -> None:
         path.write_text(
             f"# Norms now and then, and rules, with jax {jax.__version__}\n\n{where}.\n\n{tables}\n"
         )
+
+
+def _run_accumulate(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.commands.accumulate import accumulate_tables
+    from benchmarks.measure.table import machine
+
+    tables, where = accumulate_tables(options.quick), machine({})
+    print(f"{tables}\n\n{where}")
+    if options.write:
+        path = RESULTS / f"accumulate-{jax.__version__}.md"
+        path.write_text(f"# Micro-batches with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
 def _run_client(options: argparse.Namespace) -> None:

@@ -79,6 +79,10 @@ def accumulate(
       (3.1, 3.2)
     """
     _check(objective, x, batch)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"accumulate: steps is the number of micro-batches, a whole number; got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"accumulate: steps is the number of micro-batches, at least 1; got {steps}")
     done = objective._run(_program(steps, axis_name), x, batch, none_if_empty(state), key)
     return _finite(objective, done)
 
@@ -140,7 +144,7 @@ def finish_parts(
     return _finite(objective, objective._run(_finish, x, sums, none_if_empty(state), key))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)
 def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
     def accumulated(
         plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, key: Array | None

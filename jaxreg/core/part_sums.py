@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxreg.base.kinds import MetricKind
 from jaxreg.base.norm import absolutes, l2_norm
-from jaxreg.base.numbers import accumulation_dtype
+from jaxreg.base.numbers import accumulation_dtype, safe_root
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.gramian import gramian, products_of_trees
@@ -254,7 +254,10 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
     if ask.norms is None:
         return done
     if not of_params:
-        return done._replace(norms=_outputs_norms(terms, sums, want, None))
+        measured = _outputs_norms(terms, sums, want, None)
+        if combined is not None and ask.combines("outputs"):
+            measured = measured._replace(total=_combined_length(combined.gramian, combined.coefficients))
+        return done._replace(norms=measured)
     by_term: list[Array | None] = [l2_norm(rows[i]) for i in own]
     sized = [absolutes(rows[i]) if ask.norms.absolutes else None for i in own]
     none: list[Array | None] = [None] * len(terms)
@@ -294,7 +297,15 @@ def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, want: Want, per_datum
             most, means = sums.absolutes[k]
             sizes[i] = (most, means * want.filled / jnp.asarray(sums.parts, means.dtype))
     assert sums.total is not None
-    return Norms(by_term, by_datum, sizes, sums.total, sums.gramian)
+    tracked = want.ask.norms is not None and want.ask.norms.gramian
+    return Norms(by_term, by_datum, sizes, sums.total, sums.gramian if tracked else None)
+
+
+def _combined_length(gram: Array, coefficients: Array) -> Array:
+    """The length of the combination of gradients whose Gramian this is, which no part has by itself."""
+    size = _divisor(jnp.max(jnp.abs(jnp.diagonal(gram))))
+    square = jnp.sum(coefficients[:, None] * coefficients[None, :] * (gram / size))
+    return jnp.sqrt(size) * safe_root(jnp.maximum(square, 0))
 
 
 def _in_place(chosen_leaves: Any, others: Any, like: list[Array], chosen: list[bool]) -> list[Array]:
