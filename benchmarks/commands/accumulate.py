@@ -59,7 +59,7 @@ def _batch() -> jr.TokenBatch:
 
 
 def _objective(norms: bool | jr.GradNorms) -> jr.CompositeLoss:
-    terms = {
+    terms: dict[str, Any] = {
         "entropy": jr.regularizers.Entropy(),
         "kl": jr.regularizers.KL(),
         "z_loss": jr.regularizers.ZLoss(),

@@ -16,6 +16,7 @@ def refuse_own_mean(what: str) -> None:
         raise ValueError(
             f"{what} inside shard_map over {', '.join(map(repr, axes))} is of this device's own tokens, and "
             f"the mean of such means is not the whole batch's. Compute the objective outside of shard_map: "
-            f"under jit it is of the whole batch, however its arrays are sharded. Where each device's own is "
-            f"meant, say so: batch.as_local()"
+            f"under jit it is of the whole batch, however its arrays are sharded. Or let the batch know the "
+            f"whole, batch.with_totals(axis_name={axes[0]!r}): what the devices have then adds up (psum). "
+            f"Where each device's own is meant, say so: batch.as_local()"
         )

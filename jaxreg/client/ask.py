@@ -31,6 +31,7 @@ class Ask(NamedTuple):
     state: PyTree
     key: Array | None
     step: int | None
+    totals_of: Sequence[Any] | None = None  # all datums of the batch that these are a part of
 
 
 class Options(NamedTuple):
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     timeout: float | None
     max_drift: float
     on_drift: str
+    requests: int = 1  # how many the datums are sent in
 
 
 def check(client: Any, options: Options) -> None:
@@ -49,6 +51,8 @@ def check(client: Any, options: Options) -> None:
             raise TypeError(f"client: {type(client).__name__} has no {name}(data, loss_fn)")
     if options.on_drift not in ("warn", "raise", "ignore"):
         raise ValueError(f"on_drift is 'warn', 'raise' or 'ignore', got {options.on_drift!r}")
+    if isinstance(options.requests, bool) or not isinstance(options.requests, int) or options.requests < 1:
+        raise ValueError(f"requests is a whole number, at least 1; got {options.requests!r}")
     if options.top_k not in ("native", "unrolled"):
         raise ValueError(f"top_k is 'native' or 'unrolled', got {options.top_k!r}")
 

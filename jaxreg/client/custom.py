@@ -32,6 +32,8 @@ def forward_backward_custom(
     key: Array | None = None,
     timeout: float | None = None,
     step: int | None = None,
+    requests: int = 1,
+    totals_of: Sequence[Any] | None = None,
 ) -> CustomFuture:
     """Forward there, loss and gradient here, backward there.
 
@@ -67,6 +69,11 @@ def forward_backward_custom(
       key: a random key, for terms that ask for one.
       timeout: seconds to wait for the reply to the forward request.
       step: the training step, for `jaxreg.telemetry`; by default, how many this client has taken.
+      requests: how many requests the datums are sent in, forward and backward, where one would be too large.
+        The objective is evaluated on all of them at once, so that nothing depends on the number.
+      totals_of: where the data is a part of a batch (of several processes, or calls before one
+        ``optim_step``): all datums of it. The parts' values and gradients then add up to the whole's, for
+        terms that say so (``additive``, see `RegularizerSpec`); `jaxreg.merge_outputs` adds up their reports.
 
     Returns:
       A `CustomFuture` of a `CustomResult`: ``.result()``, or ``await`` it.
@@ -93,7 +100,8 @@ def forward_backward_custom(
         )
     composed = as_objective(objective, regularizers, track_grad_norms)
     ask = Ask(client, data, composed, logprobs=logprobs, state=state, key=key, step=step_of(client, step))
-    options = Options(top_k=top_k, timeout=timeout, max_drift=max_drift, on_drift=on_drift)
+    ask = ask._replace(totals_of=totals_of)
+    options = Options(top_k, timeout, max_drift, on_drift, requests)
     return at_once(take_step(ask, options, called, functools.partial(called, wait)))
 
 
@@ -112,6 +120,8 @@ async def forward_backward_custom_async(
     key: Array | None = None,
     timeout: float | None = None,
     step: int | None = None,
+    requests: int = 1,
+    totals_of: Sequence[Any] | None = None,
 ) -> CustomFuture:
     """`forward_backward_custom` for event loops.
 
@@ -133,7 +143,8 @@ async def forward_backward_custom_async(
     """
     composed = as_objective(objective, regularizers, track_grad_norms)
     ask = Ask(client, data, composed, logprobs=logprobs, state=state, key=key, step=step_of(client, step))
-    options = Options(top_k=top_k, timeout=timeout, max_drift=max_drift, on_drift=on_drift)
+    ask = ask._replace(totals_of=totals_of)
+    options = Options(top_k, timeout, max_drift, on_drift, requests)
     return await take_step(ask, options, asyncio.to_thread, arrival)
 
 

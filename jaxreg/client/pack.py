@@ -13,6 +13,7 @@ from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.batch.values import HIGHEST
 from jaxreg.client import wire
 from jaxreg.client.errors import Applied, Step
+from jaxreg.client.several import in_groups
 
 
 class Packed(NamedTuple):
@@ -39,6 +40,10 @@ class Packed(NamedTuple):
                 sent.append(wire.with_weights(datum, own))
         return sent
 
+    def grouped(self, sent: Sequence[Any], requests: int) -> list[list[Any]]:
+        """The datums as they are sent, in so many requests."""
+        return in_groups(sent, [k or 1 for k in self.slots], requests)
+
     def logprobs_of(self, reply: Any, step: Step, applied: Applied) -> list[np.ndarray]:
         """What a reply says of the targets, one array of their shape a datum; or `BadReply`."""
         sent = [part for t, k in zip(self.targets, self.slots, strict=True) for part in _columns(t, k)]
@@ -47,9 +52,20 @@ class Packed(NamedTuple):
 
 
 def pack(
-    data: Sequence[Any], side_data: Sequence[Mapping[str, Any]] | None = None, *, unrolled: bool = False
+    data: Sequence[Any],
+    side_data: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    unrolled: bool = False,
+    totals_of: Sequence[Any] | None = None,
+    reweighted: Sequence[str] = (),
 ) -> Packed:
     """Read the datums and what is bound to them beside, and pad all to one batch.
+
+    Args:
+      data, side_data: the datums, and more arrays of each.
+      unrolled: whether targets [T, K] are sent as K datums.
+      totals_of: all datums of the batch that these are a part of.
+      reweighted: the arrays that terms multiply the weights by.
 
     Raises:
       TypeError, ValueError: naming the datum and the key.
@@ -59,6 +75,9 @@ def pack(
     slots = [t.shape[1] if unrolled and t.ndim == 2 else 0 for t in targets]
     # Of one of a few sizes: the model runs elsewhere, so padding is cheap here, and compiling is not.
     batch = TokenBatch.pack(rows, length_buckets=coarse_length, row_buckets=coarse_rows)
+    if totals_of is not None:
+        whole = TokenBatch.pack(wire.read(totals_of), length_buckets=coarse_length, row_buckets=coarse_rows)
+        batch = batch.with_totals(whole.own_totals(reweighted))
     return Packed(list(data), rows, targets, batch, slots)
 
 

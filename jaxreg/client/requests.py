@@ -34,27 +34,37 @@ def submit(method: Callable[..., Any], arguments: tuple[Any, ...], step: Step, a
 
 def wait(future: Any, timeout: float | None, step: Step, applied: Applied) -> Any:
     """The reply to a request, or the `RemoteError` that says what became of it."""
+    with _explained(step, applied, timeout):
+        return waited(future, timeout)
+
+
+def waited(future: Any, timeout: float | None) -> Any:
+    """The reply to a request, or what it raises."""
     if not callable(getattr(future, "result", None)):
         return future  # a client that answers at once
-    with _explained(step, applied, timeout):
-        return future.result() if timeout is None else future.result(timeout)
+    return future.result() if timeout is None else future.result(timeout)
 
 
 async def arrival(future: Any, timeout: float | None, step: Step, applied: Applied) -> Any:
     """`wait`, for event loops. Who gives up waiting does not take the request back."""
-    inner = future.future() if callable(getattr(future, "future", None)) else future  # the SDK's wrapper
     with _explained(step, applied, timeout):
-        if isinstance(inner, concurrent.futures.Future):
-            async with asyncio.timeout(timeout):
-                # Not a task: a loop that ends cancels its tasks, and they what they wait for.
-                return await asyncio.shield(asyncio.wrap_future(inner))
-        if inspect.isawaitable(future):
-            async with asyncio.timeout(timeout):
-                return await asyncio.shield(asyncio.ensure_future(future))
-        if callable(getattr(future, "result", None)):
-            arguments = () if timeout is None else (timeout,)  # so that the thread ends, too
-            return await asyncio.to_thread(future.result, *arguments)
-        return future  # a client that answers at once
+        return await arrived(future, timeout)
+
+
+async def arrived(future: Any, timeout: float | None) -> Any:
+    """`waited`, for event loops."""
+    inner = future.future() if callable(getattr(future, "future", None)) else future  # the SDK's wrapper
+    if isinstance(inner, concurrent.futures.Future):
+        async with asyncio.timeout(timeout):
+            # Not a task: a loop that ends cancels its tasks, and they what they wait for.
+            return await asyncio.shield(asyncio.wrap_future(inner))
+    if inspect.isawaitable(future):
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(asyncio.ensure_future(future))
+    if callable(getattr(future, "result", None)):
+        arguments = () if timeout is None else (timeout,)  # so that the thread ends, too
+        return await asyncio.to_thread(future.result, *arguments)
+    return future  # a client that answers at once
 
 
 async def called(function: Callable[..., T], *arguments: Any, **options: Any) -> T:

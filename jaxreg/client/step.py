@@ -18,8 +18,9 @@ from jaxreg.client.evaluate import evaluate
 from jaxreg.client.finish import CustomFuture, Sent
 from jaxreg.client.pack import Packed, given, pack
 from jaxreg.client.requests import LOSS, submit
+from jaxreg.client.several import as_one
 from jaxreg.client.telling import Telling
-from jaxreg.client.work import Evaluated, prepare
+from jaxreg.client.work import Evaluated, prepare, reweighted_by
 
 
 async def take_step(
@@ -31,26 +32,33 @@ async def take_step(
     """
     with Telling(ask.step) as told, Gate() as gate:
         check(ask.client, options)
-        packed = await run(pack, ask.data, unrolled=options.top_k == "unrolled")
+        packed = await run(
+            pack,
+            ask.data,
+            unrolled=options.top_k == "unrolled",
+            totals_of=ask.totals_of,
+            reweighted=reweighted_by(ask.objective),
+        )
         logprobs = None if ask.logprobs is None else await run(given, ask.logprobs, packed)
         work = await run(prepare, ask.objective, packed, ask.state, ask.key, ask.step)
         told.begin(work)
         work.calls.start(packed.data)  # host terms that read the data alone run while the server does
         if logprobs is None:
-            future = await run(forward, ask.client, packed)
+            future = await run(forward, ask.client, packed, options.requests)
             answer = await reply(future, options.timeout, "forward", "no")
             logprobs = packed.logprobs_of(answer, "forward", "no")
         evaluated = await run(evaluate, work, logprobs, told)
         datums = await run(linearize, packed, evaluated)
-        future = await run(send, ask.client, datums, gate)
+        future = await run(send, ask.client, packed.grouped(datums, options.requests), gate)
         await run(told.stop, evaluated.output)
     return CustomFuture(Sent(packed, logprobs, evaluated.output, future, options, ask.step))
 
 
-def forward(client: Any, packed: Packed) -> Any:
+def forward(client: Any, packed: Packed, requests: int = 1) -> Any:
     """Ask for the logprobs; the client's future of the reply."""
     datums = packed.with_weights([wire.own_weights(row) for row in packed.rows])
-    return submit(client.forward, (datums, LOSS), "forward", "no")
+    groups = packed.grouped(datums, requests)
+    return as_one([submit(client.forward, (group, LOSS), "forward", "no") for group in groups])
 
 
 def linearize(packed: Packed, evaluated: Evaluated) -> list[Any]:
@@ -58,10 +66,21 @@ def linearize(packed: Packed, evaluated: Evaluated) -> list[Any]:
     return packed.with_weights([-gradient for gradient in evaluated.gradients])
 
 
-def send(client: Any, datums: Sequence[Any], gate: Gate) -> Any:
-    """Hand the gradient over; the client's future of the reply."""
+def send(client: Any, groups: Sequence[Sequence[Any]], gate: Gate) -> Any:
+    """Hand the gradient over, one request a group of datums; the client's future of the reply."""
     gate.take()
-    return submit(client.forward_backward, (datums, LOSS), "backward", "maybe")
+    futures: list[Any] = []
+    for group in groups:
+        try:
+            futures.append(submit(client.forward_backward, (group, LOSS), "backward", "maybe"))
+        except Exception as error:
+            if futures:
+                error.add_note(
+                    f"Of {len(groups)} requests {len(futures)} had been handed over, and their part of the "
+                    f"gradient may be applied: load a saved state before the next optim_step."
+                )
+            raise
+    return as_one(futures)
 
 
 class Gate:

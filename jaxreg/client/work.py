@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,9 +49,27 @@ def prepare(
     weights = {term.name: np.float32(known[term.name]) for term in host}
     calls = HostCalls(host, packed.targets, step)  # whose gradients have the targets' shapes
     work = Work(objective.names, compiled, calls, weights, packed, state, key)
+    _check_parts(work, host)
     _check_groups(work)
     _dry_run(work)
     return work
+
+
+def reweighted_by(objective: CompositeLoss) -> tuple[str, ...]:
+    """The arrays of the batch that the objective's terms multiply its weights by."""
+    fns = objective.plan.fns(objective.leaves)
+    return tuple(sorted({name for fn in fns for name in getattr(fn, "reweighted", ())}))
+
+
+def _check_parts(work: Work, host: Sequence[Any]) -> None:
+    """Refuse host terms that do not say that their parts add up, where the data is a part of a batch."""
+    for term in host:
+        if work.packed.batch.totals is not None and term.additive is not True:
+            raise ValueError(
+                f"host term {term.name!r}: the data is a part of a batch (totals_of=), and the term does not "
+                f"say that its parts add up to the whole: say HostRegularizer(..., additive=True) where fn "
+                f"sums over datums, or send the whole batch in several requests, requests=n"
+            )
 
 
 def _check_groups(work: Work) -> None:

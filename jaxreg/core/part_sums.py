@@ -48,7 +48,9 @@ class Want(NamedTuple):
     names: tuple[str, ...]  # of the terms, the base loss first
     shared: bool  # whether x is the parts' own outputs (False) or what all of them share (True: no model)
     kinds: list[Mapping[str, MetricKind]]
-    filled: float = 1.0  # by how much the rows that fill up the last part make all parts larger than the whole
+    filled: float = (
+        1.0  # by how much the rows that fill up the last part make all parts larger than the whole
+    )
 
     @property
     def rows(self) -> bool:
@@ -74,7 +76,7 @@ def of_part(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> 
         own = members([term.on_params for term in terms], "outputs")
         found = [done.norms.terms[i] for i in own]
         sizes = [done.norms.absolutes[i] for i in own] if want.ask.norms.absolutes else None
-        sums = _plain(done.values, done.extras, want)._replace(
+        sums = plain(done.values, done.extras, want)._replace(
             gradient=_wide(done.gradient),
             norms=found,  # type: ignore[arg-type]
             total=done.norms.total,
@@ -83,7 +85,7 @@ def of_part(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> 
         )
         return sums, [done.norms.per_datum[i] for i in own] if want.ask.norms.per_datum else None
     values, extras, gradient = _total_gradient(terms, model, x)
-    return _plain(values, extras, want)._replace(gradient=_wide(gradient)), None
+    return plain(values, extras, want)._replace(gradient=_wide(gradient)), None
 
 
 def _total_gradient(
@@ -103,7 +105,8 @@ def _total_gradient(
     return values, extras, jax.tree.map(jnp.add, gradient, slopes[1]) if on_params else gradient
 
 
-def _plain(values: list[Array], extras: list[Any], want: Want) -> Sums:
+def plain(values: list[Array], extras: list[Any], want: Want) -> Sums:
+    """What one part adds, but for gradients: the values, and the metrics whose kind is known."""
     metrics = [
         {n: metric for n, metric in extra[0].items() if kinds.get(n) in _ADDED}
         for extra, kinds in zip(extras, want.kinds, strict=True)
@@ -128,7 +131,7 @@ def _with_rows(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) 
             k = on_outputs.index(i)
             whole = jax.tree.map(lambda leaf, k=k: leaf[k], pulled)
         rows.append([_wide(leaf) for leaf, yes in zip(jax.tree.leaves(whole), chosen, strict=True) if yes])
-    sums = _plain(values, extras, want)._replace(rows=rows)
+    sums = plain(values, extras, want)._replace(rows=rows)
     scales = scales_of(terms, range(len(terms)), None)
     if not all(chosen):
         own = weighted_sum([scales[i] for i in on_outputs], cotangents, model.outputs)
@@ -174,7 +177,7 @@ def nothing(like: Sums, want: Want) -> Sums:
 def added(a: Sums, b: Sums, want: Want) -> Sums:
     """Both."""
     metrics = [
-        {n: _merged(m, theirs[n], kinds.get(n)) for n, m in ours.items()}
+        {n: merged(m, theirs[n], kinds.get(n)) for n, m in ours.items()}
         for ours, theirs, kinds in zip(a.metrics, b.metrics, want.kinds, strict=True)
     ]
     return Sums(
@@ -184,7 +187,7 @@ def added(a: Sums, b: Sums, want: Want) -> Sums:
         gradient=_add(a.gradient, b.gradient),
         rows=_add(a.rows, b.rows),
         norms=None if a.norms is None else [_root(m, n) for m, n in zip(a.norms, b.norms or (), strict=True)],
-        total=None if a.total is None else _root(a.total, b.total),
+        total=None if a.total is None or b.total is None else _root(a.total, b.total),
         absolutes=None
         if a.absolutes is None
         else [
@@ -229,7 +232,7 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
     """The pass over the whole batch that the sums of all of its parts are."""
     ask, like = want.ask, jax.tree.leaves(x)
     extras = [
-        (_metrics(own, kinds), sums.states.get(name))
+        (whole_metrics(own, kinds), sums.states.get(name))
         for name, own, kinds in zip(want.names, sums.metrics, want.kinds, strict=True)
     ]
     done = Pass(total_of(terms, sums.values), sums.values, extras, None)
@@ -316,7 +319,7 @@ def _in_place(chosen_leaves: Any, others: Any, like: list[Array], chosen: list[b
     ]
 
 
-def _metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[str, Array]:
+def whole_metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[str, Array]:
     """The whole's metrics: those that were added up, and those that are functions of one of them."""
     found = {name: _unsigned(metric, kinds.get(name)) for name, metric in own.items()}
     for name, kind in kinds.items():
@@ -327,7 +330,8 @@ def _metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[
     return found
 
 
-def _merged(a: Array, b: Array, kind: MetricKind) -> Array:
+def merged(a: Array, b: Array, kind: MetricKind) -> Array:
+    """A metric of two parts, by its kind."""
     if kind == "max":
         return jnp.maximum(a, b)
     if kind == "min":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class HostTerm:
     """``fn(x, batch)`` of a `HostRegularizer`."""
 
     regularizer: Term
+    metric_kinds: ClassVar = {"host_seconds": "sum", "host_age": "max", "host_trains": "max"}
 
     def _shown(self) -> str:
         return f"on the host: {called(self.regularizer.fn)}"

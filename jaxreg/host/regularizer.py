@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from jaxreg.base.types import ArrayLike, Place, Schedule
-from jaxreg.core.spec import RESERVED_METRICS, RegularizerSpec, check_name, check_weight
+from jaxreg.core.spec import (
+    RESERVED_METRICS,
+    Additive,
+    RegularizerSpec,
+    check_additive,
+    check_name,
+    check_weight,
+)
 from jaxreg.host.callback import HostTerm
 from jaxreg.host.result import OWN
 from jaxreg.host.runtime import RUNNERS, Runtime
@@ -53,7 +60,7 @@ class HostRegularizer:
         ``host_age`` −1), or count its ``"last"`` good value, without a gradient, and ``host_age`` steps
         old; before there is one, it is skipped.
       metrics: the names of the metrics that a jitted loop reports; it must know them beforehand.
-      on: as in `RegularizerSpec`.
+      on, additive: as in `RegularizerSpec`.
 
     Every step reports the metrics ``host_seconds``, ``host_age`` and ``host_trains`` beside its own.
     ``close()``, or leaving a ``with`` block, ends its threads and processes; so does dropping the term.
@@ -87,6 +94,7 @@ class HostRegularizer:
     on_error: Literal["raise", "skip", "last"] = "raise"
     metrics: tuple[str, ...] = ()
     on: Place = "outputs"
+    additive: Additive | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -95,6 +103,7 @@ class HostRegularizer:
             raise TypeError(f"{who}: fn is a function of (data) or (data, logprobs), got {self.fn!r}")
         if not callable(self.weight):
             check_weight(self.weight, self.name)
+        check_additive(self.additive, who)
         self._check_run(who)
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         if self.timeout is not None and not (number and 0 < self.timeout < float("inf")):
@@ -152,7 +161,9 @@ class HostRegularizer:
 
     def as_spec(self) -> RegularizerSpec:
         """The term as `compose` takes it: a callback, when it is compiled."""
-        return RegularizerSpec(name=self.name, fn=HostTerm(self), weight=self.weight, on=self.on)
+        return RegularizerSpec(
+            name=self.name, fn=HostTerm(self), weight=self.weight, on=self.on, additive=self.additive
+        )
 
     def close(self) -> None:
         """Cancel its calls and end its threads and processes. Used again, it starts afresh."""

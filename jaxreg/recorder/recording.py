@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxreg.base.types import PyTree
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.totals import Totals, Weighted
 
 _PLAIN = (str, int, float, bool, type(None))
 # No NumPy types: kept as the bits that they are.
@@ -30,8 +31,10 @@ def to_plain(tree: PyTree) -> Any:
     if isinstance(tree, _PLAIN):
         return tree
     if isinstance(tree, TokenBatch):
-        fields = {"mask": tree.mask, "weights": tree.weights, "lengths": tree.lengths}
+        fields: dict[str, Any] = {"mask": tree.mask, "weights": tree.weights, "lengths": tree.lengths}
         fields |= {k: v for k, v in {"present": tree.present, "pairs": tree.pairs}.items() if v is not None}
+        if tree.totals is not None:
+            fields["totals"] = _plain_totals(tree.totals)
         return {"token_batch": {k: to_plain(v) for k, v in (fields | {"arrays": tree.arrays}).items()}}
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
         return {"dict": {key: to_plain(value) for key, value in tree.items()}}
@@ -77,6 +80,21 @@ def from_plain(plain: Any, where: str, like: PyTree = None) -> PyTree:
     raise Lost(f"{where} is of a kind that is not known: {kind!r}")
 
 
+def _plain_totals(totals: Totals) -> dict[str, Any]:
+    plain = {name: getattr(totals, name) for name in ("weight", "tokens", "datums", "real_datums")}
+    return plain | {"reweighted": {name: list(own) for name, own in totals.reweighted.items()}}
+
+
+def _totals(plain: Any) -> Totals:
+    """What `_plain_totals` made; KeyError, TypeError or ValueError of what a stranger made."""
+    plain = dict(plain)
+    reweighted = {str(name): Weighted(*own) for name, own in dict(plain.pop("reweighted")).items()}
+    numbers = {name: plain[name] for name in ("weight", "tokens", "datums", "real_datums")}
+    if any(np.ndim(leaf) for leaf in jax.tree.leaves((numbers, reweighted))):
+        raise ValueError("totals are scalars")
+    return Totals(**numbers, reweighted=reweighted)
+
+
 def _array(array: Any) -> Any:
     if isinstance(array, jax.Array) and array.is_deleted():
         return {"lost": "its array was donated to a jitted function; record with copy=True"}
@@ -104,12 +122,19 @@ def _token_batch(fields: dict[str, Any], where: str) -> TokenBatch:
         present, pairs = fields.get("present"), fields.get("pairs")
         good = good and (present is None or (present.shape == mask.shape and present.dtype == bool))
         good = good and (pairs is None or (pairs.shape == lengths.shape and pairs.dtype.kind in "iu"))
-    except (KeyError, AttributeError):
+        totals = None if fields.get("totals") is None else _totals(fields["totals"])
+    except (KeyError, AttributeError, TypeError, ValueError):
         good = False
     if not good:
         raise Lost(f"{where} is no TokenBatch: its arrays do not fit together")
     return TokenBatch(
-        mask=mask, weights=weights, lengths=lengths, arrays=arrays, present=present, pairs=pairs
+        mask=mask,
+        weights=weights,
+        lengths=lengths,
+        arrays=arrays,
+        present=present,
+        pairs=pairs,
+        totals=totals,
     )
 
 

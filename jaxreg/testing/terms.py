@@ -12,7 +12,7 @@ from jaxreg.base.types import PyTree, TermFn
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.core.spec import check_term as check_signature
 from jaxreg.core.spec import requested_arguments
-from jaxreg.testing import checks_ranges, checks_tokens, checks_values
+from jaxreg.testing import checks_parts, checks_ranges, checks_tokens, checks_values
 from jaxreg.testing.subject import Subject
 
 
@@ -31,6 +31,7 @@ def check_term(
     layout: bool = True,
     log_ratios: bool = True,
     scales: bool | None = None,
+    additive: bool = False,
     seed: int = 0,
 ) -> None:
     """Check a term of your own as the built-in ones are checked.
@@ -57,6 +58,8 @@ def check_term(
         of the batch that have its shape and dtype.
       scales: whether x is tried at 1e-18 and 1e18 times what it is. **None**: unless it is token data, which
         logprobs are. False for a term with a scale of its own (a threshold, a clip).
+      additive: True also checks that the parts of the batch add up to the whole, which the term says by its
+        attribute ``additive``, or its spec does: value, gradient, and metrics by their ``metric_kinds``.
       seed: of the random directions and permutations.
 
     Raises:
@@ -99,6 +102,8 @@ def check_term(
             problems += checks_tokens.weightless_datums(term)
         if of_tokens and log_ratios:
             problems += checks_ranges.log_ratios(term)
+        if additive:
+            problems += checks_parts.parts(term, of_tokens)
         if scales or (scales is None and not of_tokens):
             problems += checks_ranges.scales(term)
     if problems:

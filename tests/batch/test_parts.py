@@ -9,7 +9,7 @@ from prepared import REDUCTIONS, prepared
 
 import jaxreg as jr
 from jaxreg.base.kinds import KINDS
-from jaxreg.core.part_sums import _merged, _metrics
+from jaxreg.core.part_sums import merged, whole_metrics
 
 B, T = 6, 5
 
@@ -27,9 +27,9 @@ def whole_and_parts(take, term, x, batch, n, together):
             own = [metrics_of[name] for (_, metrics_of), _ in found]
             metrics[name] = own[0]
             for more in own[1:]:
-                metrics[name] = _merged(metrics[name], more, kinds.get(name))
+                metrics[name] = merged(metrics[name], more, kinds.get(name))
     gradient = np.concatenate([np.asarray(g) for _, g in found])[: len(x)]
-    return whole, (sum(value for (value, _), _ in found), _metrics(metrics, kinds)), gradient
+    return whole, (sum(value for (value, _), _ in found), whole_metrics(metrics, kinds)), gradient
 
 
 def same(got, want, rtol, atol):

@@ -1,17 +1,17 @@
 """Micro-batches give what the whole batch gives: value, gradient, norms, Gramian, metrics, state."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxreg as jr
 
 B, T, V, D = 8, 5, 7, 4
-RNG = np.random.default_rng(0)
 
 
 def forward(params, batch):
@@ -26,7 +26,7 @@ def params(dtype=np.float32):
     }
 
 
-def batch_of(seed=0, rows=B, dtype=np.float32, pairs=False):
+def batch_of(seed=0, rows=B, dtype=np.float32):
     rng = np.random.default_rng(seed)
     mask = rng.random((rows, T)) < 0.7
     weights = rng.choice([0.0, -0.5, 0.3, 1.0, 2.0], (rows, T))
@@ -53,21 +53,19 @@ def terms():
 
 
 def objective_of(**more):
-    with pytest.warns(jr.MixedReductionsWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jr.MixedReductionsWarning)
         return jr.compose(jr.losses.CrossEntropy(inputs="logits"), terms(), forward=forward, **more)
 
 
 G, AGG = jr.GradNorms, jr.aggregation
 ASKED = {
     "no norms": {},
-    "outputs": dict(track_grad_norms=G(wrt="outputs", gramian=True, absolutes=True)),
-    "a datum": dict(track_grad_norms=G(wrt="outputs", per_datum=True)),
-    "params": dict(track_grad_norms=G(gramian=True, absolutes=True)),
-    "a filter": dict(track_grad_norms=G(params="head", gramian=True)),
-    "chunks": dict(track_grad_norms=G(chunk_size=2)),
-    "outputs combined": dict(aggregator=AGG.UPGrad()),
-    "outputs combined, params measured": dict(aggregator=AGG.UPGrad(), track_grad_norms=True),
-    "params combined": dict(aggregator=AGG.UPGrad(wrt="params"), track_grad_norms=G(gramian=True)),
+    "outputs": {"track_grad_norms": G(wrt="outputs", gramian=True, absolutes=True, per_datum=True)},
+    "params": {"track_grad_norms": G(gramian=True, absolutes=True)},
+    "a filter, in chunks": {"track_grad_norms": G(params="head", gramian=True, chunk_size=2)},
+    "outputs combined, params measured": {"aggregator": AGG.UPGrad(), "track_grad_norms": True},
+    "params combined": {"aggregator": AGG.UPGrad(wrt="params"), "track_grad_norms": G(gramian=True)},
 }
 
 
@@ -85,15 +83,14 @@ def agree(got, want, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("steps", [3])
-def test_accumulated_is_whole(asked, steps):
+def test_accumulated_is_whole(asked):
     objective = objective_of(**ASKED[asked])
     x, batch = params(), batch_of()
     want = objective.value_and_grad(x, batch)
-    agree(jr.accumulate(objective, x, batch, steps=steps), want, rtol=2e-5, atol=2e-6)
+    agree(jr.accumulate(objective, x, batch, steps=3), want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("asked", ["outputs", "a filter", "params combined"])
+@pytest.mark.parametrize("asked", ["no norms", "a filter, in chunks", "params combined"])
 def test_a_python_loop_gives_the_same(asked):
     objective = objective_of(**ASKED[asked])
     x, batch = params(), batch_of(rows=9)
@@ -111,8 +108,10 @@ def test_in_float64_they_agree_to_ten_digits():
         agree(jr.accumulate(objective, x, batch, steps=4), want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("asked", ["no norms", "outputs", "params", "params combined"])
+@pytest.mark.parametrize(
+    ("asked", "check_vma"),
+    [("no norms", False), ("outputs", True), ("params", False), ("params combined", True)],
+)
 def test_over_eight_devices_it_is_the_whole_batchs(asked, check_vma):
     objective = objective_of(**ASKED[asked])
     x, batch = params(), batch_of(rows=16)
@@ -122,5 +121,163 @@ def test_over_eight_devices_it_is_the_whole_batchs(asked, check_vma):
         return jr.accumulate(objective, x, batch, steps=2, axis_name="data")
 
     sharded = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+    if asked == "outputs":  # what it gives a datum is each device's own
+        objective = objective_of(track_grad_norms=G(wrt="outputs", gramian=True, absolutes=True))
     want = objective.value_and_grad(x, batch)
     agree(jax.jit(sharded)(x, batch), want, rtol=2e-5, atol=2e-6)
+
+
+def squares(x, batch):
+    return batch.mean(jnp.square(batch["inputs"] @ x)[..., 0]), {
+        "odd": jnp.sum(x),
+        "even": batch.mean(x[0, 0] * batch.mask),
+    }
+
+
+squares.additive = True
+squares.metric_kinds = {"even": "sum"}
+W = jnp.ones((D, 2))
+
+
+def test_rules_and_norms_now_and_then_go_by_whole_batches():
+    rule = jr.weighting.gradient_balance("kl")
+    objective = objective_of(track_grad_norms=G(every=2, wrt="outputs"), weighting=rule)
+    x, batch = params(), batch_of()
+    state = states = objective.init()
+    for age in (0, 1, 0):
+        (loss, out), grads = jr.accumulate(objective, x, batch, steps=3, state=state)
+        (whole, wanted), slopes = objective.value_and_grad(x, batch, state=states)
+        state, states = out.state, wanted.state
+        assert out.norms_age == age
+        chex.assert_trees_all_close((loss, state, grads), (whole, states, slopes), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("counted", [{}, {"mask": "bool"}, {"weights": "float"}])
+def test_mappings_of_rows_are_batches_too(counted):
+    rng = np.random.default_rng(2)
+    batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.integers(0, 4, 8))}
+    if "mask" in counted:
+        batch["mask"] = jnp.asarray(rng.random(8) < 0.5)
+    if "weights" in counted:
+        batch["weights"] = jnp.asarray(rng.uniform(0, 2, 8), jnp.float32)
+    objective = jr.compose(
+        jr.losses.CrossEntropy(inputs="logits", targets="y"),
+        [dict(name="decay", fn=jr.regularizers.WeightL2(), weight=0.1)],
+        forward=lambda w, batch: batch["x"] @ w,
+        track_grad_norms=True,
+    )
+    w = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    steps = 3 if counted else 4
+    agree(jr.accumulate(objective, w, batch, steps=steps), objective.value_and_grad(w, batch))
+    if not counted:
+        with pytest.raises(
+            ValueError, match="3 steps do not divide 8 rows, and the batch has neither 'mask'"
+        ):
+            jr.accumulate(objective, w, batch, steps=3)
+
+
+def test_a_loss_of_the_params_needs_no_model_and_unknown_metrics_are_not_guessed():
+    objective = jr.compose(squares, track_grad_norms=G(gramian=True))
+    batch = batch_of()
+    (loss, out), grads = jr.accumulate(objective, W, batch, steps=3)
+    (whole, wanted), slopes = objective.value_and_grad(W, batch)
+    chex.assert_trees_all_close((loss, out.gramian, grads), (whole, wanted.gramian, slopes), rtol=1e-5)
+    assert [*out.base_loss.custom] == ["even"]
+    np.testing.assert_allclose(out.base_loss.custom["even"], wanted.base_loss.custom["even"], rtol=1e-5)
+
+
+def test_what_forward_returns_beside_its_outputs_comes_back_by_micro_batch():
+    def counting(params, batch):
+        return forward(params, batch), {"tokens": jnp.sum(batch.mask)}
+
+    loss = jr.losses.CrossEntropy(inputs="logits")
+    objective = jr.compose(loss, forward=counting, has_aux=True, track_grad_norms=True)
+    batch = batch_of()
+    (_, out), _ = jr.accumulate(objective, params(), batch, steps=4)
+    assert out.aux["tokens"].tolist() == [int(part.mask.sum()) for part in batch.split(4)]
+
+
+def test_what_is_approximate_says_so():
+    centred = jr.of(lambda x, batch: x, jr.regularizers.L2(center="mean"))
+    spec = {"name": "c", "fn": centred, "weight": 1.0}
+    base = jr.losses.CrossEntropy(inputs="logits")
+    with pytest.raises(ValueError, match=r"term 'c': .* says that its parts do not add up .*'approximate'"):
+        jr.accumulate(jr.compose(base, [spec], forward=forward), params(), batch_of(), steps=2)
+    objective = jr.compose(base, [spec | {"additive": "approximate"}], forward=forward)
+    batch = batch_of()
+    (_, out), _ = jr.accumulate(objective, params(), batch, steps=2)
+    assert out.approximate == ("c",)
+    parts = batch.split(2)
+    own = [float(centred(forward(params(), part), part.as_local())[0] * part.share()) for part in parts]
+    np.testing.assert_allclose(out.regularizers["c"].value, sum(own), rtol=1e-5)
+    with pytest.raises(ValueError, match="term 'c': additive is True, False, 'same' or 'approximate'"):
+        jr.compose(base, [spec | {"additive": "maybe"}], forward=forward)
+
+
+def test_narrow_params_are_summed_in_float32():
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params())
+    objective = objective_of()
+    _, grads = jr.accumulate(objective, narrow, batch_of(), steps=4)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, narrow)
+
+
+def test_one_program_for_all_numbers():
+    objective = objective_of()
+    take = jax.jit(chex.assert_max_traces(lambda o, x, b: jr.accumulate(o, x, b, steps=2)[0][0], n=1))
+    first = take(objective, params(), batch_of())
+    assert take(objective.with_weights({"kl": 2.0}), params(), batch_of(5)) != first
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda o: jr.accumulate(o, W, None, steps=2),
+            TypeError,
+            "takes a TokenBatch, or a mapping .* NoneType",
+        ),
+        (
+            lambda o: jr.accumulate(o, W, batch_of(), steps=2.0),
+            TypeError,
+            "steps is the number of micro-batches",
+        ),
+        (lambda o: jr.accumulate(o, W, batch_of(), steps=0), ValueError, "at least 1; got 0"),
+        (lambda o: jr.accumulate(squares, W, batch_of(), steps=2), TypeError, "takes an objective"),
+        (
+            lambda o: jr.accumulate(o, batch_of()["ref_logprobs"], batch_of(), steps=2),
+            ValueError,
+            "x has the shape of the batch's tokens",
+        ),
+        (
+            lambda o: jr.accumulate(o, W, batch_of(), steps=2, axis_name="data"),
+            ValueError,
+            "no axis 'data' is bound here",
+        ),
+        (
+            lambda o: jr.accumulate(jr.compose(lambda x, batch: batch.mean(x)), W, batch_of(), steps=2),
+            ValueError,
+            "the base loss: .* does not say whether its parts add up .*fn.additive = True",
+        ),
+        (lambda o: jr.add_part(o, None, W, batch_of()), ValueError, "does not say that it is a part of one"),
+        (
+            lambda o: jr.finish_parts(o, jr.add_part(o, None, W, batch_of().split(2)[0]), W),
+            ValueError,
+            "datums that count were added, and the whole batch has .*: a part is missing",
+        ),
+        (lambda o: jr.finish_parts(o, None, W), TypeError, "takes what add_part gave, got NoneType"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call(jr.compose(squares))
+
+
+def test_check_term_tries_whether_parts_add_up():
+    batch = batch_of()
+    x = -jnp.abs(batch["ref_logprobs"])
+    jr.testing.check_term(jr.regularizers.KL(reference="ref_logprobs"), x - 0.1, batch, additive=True)
+    jr.testing.check_term(squares, W, batch, additive=True, gradients=False, scales=False)
+    with pytest.raises(jr.testing.TermCheckError, match="parts that add up: 2 parts give"):
+        jr.testing.check_term(
+            lambda x, batch: jnp.sqrt(1 + batch.mean(x) ** 2), x, batch, additive=True, log_ratios=False
+        )

@@ -1,0 +1,110 @@
+"""The reports on the parts of a batch, put together to the whole's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from jaxreg.base.types import Array, PyTree
+from jaxreg.core import part_sums
+from jaxreg.core.bind import bind_terms
+from jaxreg.core.objective import CompositeLoss
+from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+from jaxreg.core.part_sums import Sums, Want
+from jaxreg.core.parted import kinds_of
+from jaxreg.core.passes import Ask, members
+from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.state import none_if_empty
+from jaxreg.core.step import report
+
+
+def merge_outputs(
+    objective: CompositeLoss, outputs: Sequence[CustomLossOutput], *, state: PyTree = None
+) -> CustomLossOutput:
+    """The report on a whole batch, of the reports on its parts; gradients add up by themselves.
+
+    For parts that were evaluated apart: several remote calls with ``totals_of=`` before one ``optim_step``,
+    or several processes. `accumulate` and ``requests=`` do it themselves.
+
+    Args:
+      objective: of all of them.
+      outputs: one a part, each evaluated with the state of the step.
+      state: that state; the merged report then has the next step's, with a rule's weights moved by the
+        whole batch's numbers.
+
+    Raises:
+      ValueError: there is none; or of an objective whose parts cannot be told from their reports: norms of
+        the params' gradients do not add up, and an aggregator and stateful terms need all parts at once.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> objective = jr.compose(jr.losses.CrossEntropy(), track_grad_norms=True)
+      >>> batch = jr.TokenBatch.pack([{"lp": [-1.0, -2.0, -3.0]}, {"lp": [-6.0]}])
+      >>> outs = [objective.value_and_grad(part["lp"], part)[0][1] for part in batch.split(2)]
+      >>> out = jr.merge_outputs(objective, outs)
+      >>> out.loss_total.item(), round(out.total_grad_norm.item(), 4)  # ½ = ‖(¼, ¼, ¼, ¼)‖
+      (3.0, 0.5)
+    """
+    found: list[Any] = list(outputs)
+    if not found:
+        raise ValueError("merge_outputs takes one output a part, got none")
+    plan = objective.plan
+    for i, out in enumerate(found):
+        if not isinstance(out, CustomLossOutput) or tuple(out.regularizers) != plan.names[1:]:
+            what = list(out.regularizers) if isinstance(out, CustomLossOutput) else type(out).__name__
+            raise ValueError(
+                f"merge_outputs: output {i} is of other terms, {what}; the objective has "
+                f"{list(plan.names[1:])}"
+            )
+    _refuse(plan, state)
+    merged: CustomLossOutput = objective._run(
+        _merge, None, [out.replace(state={}, aux=None) for out in found], none_if_empty(state), None
+    )
+    return merged
+
+
+def _refuse(plan: Plan, state: Any) -> None:
+    if plan.norms is not None and plan.space == "params":
+        raise ValueError(
+            "merge_outputs: norms of the params' gradients are not those of their parts; track them at the "
+            "outputs, GradNorms(wrt='outputs'), or use jaxreg.accumulate"
+        )
+    if plan.aggregator is not None:
+        raise ValueError(
+            "merge_outputs: an aggregator needs the gradients of all parts before it combines any: use "
+            "jaxreg.accumulate, or send one batch in several requests, requests=n"
+        )
+    if isinstance(state, dict) and "terms" in state:
+        raise ValueError(
+            "merge_outputs: stateful terms saw the parts apart, and none of their states is that of the "
+            "whole: use jaxreg.accumulate, or send one batch in several requests, requests=n"
+        )
+
+
+def _merge(
+    plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, key: Array | None
+) -> CustomLossOutput:
+    ask = Ask(plan.norms, plan.space)
+    want = Want(ask, plan.names, False, [kinds_of(fn) for fn in plan.fns(leaves)])
+    sums = functools.reduce(
+        lambda a, b: part_sums.added(a, b, want), [_sums_of(plan, out, want) for out in batch]
+    )
+    terms = bind_terms(plan, leaves, None, state, key)
+    return report(plan, leaves, terms, part_sums.finished(terms, sums, x, want, None), state, ask, True)
+
+
+def _sums_of(plan: Plan, out: CustomLossOutput, want: Want) -> Sums:
+    """What one part's report adds to the sums."""
+    every: list[BaseLossOutput | RegularizerOutput] = [out.base_loss, *out.regularizers.values()]
+    extras = [(term.custom, None) for term in every]
+    sums = part_sums.plain([term.value for term in every], extras, want)
+    if plan.norms is None:
+        return sums
+    own: list[Any] = [every[i] for i in members(plan.on_params, "outputs")]
+    return sums._replace(
+        norms=[term.grad_norm for term in own],
+        total=out.total_grad_norm,
+        absolutes=[(t.grad_abs_max, t.grad_abs_mean) for t in own] if plan.norms.absolutes else None,
+        gramian=out.gramian,
+    )
