@@ -184,6 +184,38 @@ def test_twenty_steps_end_in_the_same_logprobs(name, new_training_client, start_
         assert np.max(SEEN) > 1.05  # they do conflict
 
 
+def in_three_requests(client, name):
+    data = datums("target_tokens", "weights", "ref_logprobs")
+    return jr.client.forward_backward_custom(client, data, OBJECTIVES[name], requests=3)
+
+
+class Calls:
+    """Three calls that each have a part of the batch."""
+
+    def __init__(self, client, name):
+        data = datums("target_tokens", "weights", "ref_logprobs")
+        self.objective = OBJECTIVES[name]
+        self.futures = [
+            jr.client.forward_backward_custom(client, part, self.objective, totals_of=data)
+            for part in (data[:1], data[1:3], data[3:])
+        ]
+
+    def result(self):
+        return jr.merge_outputs(self.objective, [future.result().output for future in self.futures])
+
+
+def test_a_batch_in_parts_trains_like_the_whole(new_training_client, start_state):
+    expected = trained(new_training_client(start_state), ours, "sft")
+    for step in (in_three_requests, Calls):
+        assert gap(trained(new_training_client(start_state), step, "sft"), expected) < 1e-5
+    whole = ours(new_training_client(start_state), "sft").result().output
+    parts = Calls(new_training_client(start_state), "sft").result()
+    for name in ("loss_total", "total_grad_norm"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-5)
+    combined = trained(new_training_client(start_state), ours, "upgrad")
+    assert gap(trained(new_training_client(start_state), in_three_requests, "upgrad"), combined) < 1e-5
+
+
 def test_the_shortcut_is_one_request_and_the_same_weights(new_training_client, start_state):
     def run(shortcut):
         client = new_training_client(start_state)
