@@ -34,8 +34,11 @@ def micro_batches(
     if isinstance(batch, TokenBatch):
         if axis_name is not None and batch.totals is None:
             batch = batch.with_totals(axis_name=axis_name, reweighted=reweighted)
-        together = rows_together if batch.pairs is None or rows_together % 2 == 0 else 2 * rows_together
-        return batch.stacked_parts(n, rows_together=together, reweighted=reweighted)
+        if batch.segments is not None:
+            rows_together = 1  # what belongs together stands in one row
+        elif batch.pairs is not None and rows_together % 2:
+            rows_together *= 2
+        return batch.stacked_parts(n, rows_together=rows_together, reweighted=reweighted)
     if not isinstance(batch, Mapping) or not batch:
         raise TypeError(
             f"accumulate takes a TokenBatch, or a mapping from name to array whose first axis is the rows; "

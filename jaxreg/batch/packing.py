@@ -13,6 +13,7 @@ import numpy as np
 from jaxreg.base.arrays import array_of
 from jaxreg.batch.buckets import padded
 from jaxreg.batch.counting import counted, token_weights
+from jaxreg.batch.segments import first_fit, packed_rows
 from jaxreg.batch.values import cleaned
 
 
@@ -52,6 +53,41 @@ def pack_arrays(
     for name, array in arrays.items():
         arrays[name] = _as_jax(cleaned(array, counted(mask, weights, array.shape, np), name))
     return Packed(mask, weights, lengths, arrays, None if own_mask is None else present)
+
+
+def check_rows(rows: object) -> None:
+    """Refuse what says nothing about rows."""
+    if rows not in ("loose", "packed"):
+        raise ValueError(f"rows is 'loose' (one datum each) or 'packed' (several), got {rows!r}")
+
+
+def in_rows(
+    loose: Any,
+    bucket_rows: Callable[[int], int],
+    *,
+    together: int = 1,
+    bucket_length: Callable[[int], int] | None = None,
+) -> dict[str, Any]:
+    """The fields of a batch whose rows hold several datums, of one with a row a datum.
+
+    Args:
+      loose: a batch, or what `pack_arrays` gives.
+      bucket_rows: the number of rows for so many.
+      together: how many datums in a row stay in one row.
+      bucket_length: where a row has to hold more than the longest datum, the length for so many tokens.
+    """
+    lengths = np.asarray(loose.lengths)
+    length, sizes = loose.mask.shape[1], lengths[lengths > 0]
+    if together > 1 and bucket_length is not None:
+        longest = int(np.add.reduceat(sizes, np.arange(0, len(sizes), together)).max())
+        length = max(length, padded(bucket_length, longest))
+    bins = first_fit(sizes, length, together)
+    fields = {"mask": loose.mask, "weights": loose.weights, "present": loose.present}
+    held = {name: np.asarray(array) for name, array in fields.items() if array is not None}
+    names = {f"array {name}": np.asarray(array) for name, array in loose.arrays.items()}
+    made, ids = packed_rows(held | names, lengths, bins, (padded(bucket_rows, bins.rows), length))
+    arrays = {name: made.pop(f"array {name}") for name in loose.arrays}
+    return made | {"arrays": arrays, "lengths": lengths, "segment_ids": ids}
 
 
 def _as_jax(array: np.ndarray) -> np.ndarray:

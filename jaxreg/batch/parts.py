@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg.base.types import Array
 from jaxreg.batch.counting import token_weights
 from jaxreg.batch.reductions import Reductions
+from jaxreg.batch.segments import Segments, summed
 from jaxreg.batch.splitting import cut, repeated, rows_a_part, unstacked
 from jaxreg.batch.totals import EqualParts, Totals, over_devices, refuse_less, totals_of
 
@@ -30,7 +33,11 @@ class Parts(Reductions):
         Args:
           reweighted: names of arrays [B, T] or [B] that terms multiply the weights by (`reweighted`).
         """
-        return totals_of(self.mask, self.weights, self.arrays, reweighted)
+        names = list(reweighted)
+        if self.segments is None:
+            return totals_of(self.mask, self.weights, self.arrays, names)
+        arrays = {n: self.spread(a) if jnp.ndim(a) == 1 else a for n, a in self.arrays.items() if n in names}
+        return totals_of(self.mask, self.weights, arrays, names, self.segments)
 
     def with_totals(
         self, totals: Totals | None = None, *, axis_name: Any = None, reweighted: Iterable[str] = ()
@@ -106,10 +113,14 @@ class Parts(Reductions):
     ) -> Self:
         """`split`, as one batch whose every array has a leading axis [n], for `jax.lax.scan`."""
         rows = self.shape[0]
-        together = rows_together or (1 if self.pairs is None else 2)
+        loose_pairs = self.pairs is not None and self.segments is None
+        together = rows_together or (2 if loose_pairs else 1)
         each = rows_a_part(rows, n, together, "split")
         totals = self.own_totals(reweighted) if self.totals is None else self.totals
-        parts: Self = cut(self.replace(totals=None), rows, int(n), each, "split")
+        whole = self.replace(totals=None)
+        parts: Self = (
+            cut(whole, rows, int(n), each, "split") if self.segments is None else _cut(whole, n, each)
+        )
         return parts.replace(totals=repeated(totals, int(n)), local=False)
 
     def reweighted(self, name: str) -> Self:
@@ -124,6 +135,8 @@ class Parts(Reductions):
           3.0
         """
         factor = jnp.asarray(cast(Any, self)[name])
+        if self.segments is not None and factor.ndim == 1:
+            factor = self.spread(factor)
         factor = factor.reshape(factor.shape + (1,) * (jnp.ndim(self.weights) - factor.ndim))
         totals = None if self.totals is None else self.totals.under(name)
         return self.replace(weights=token_weights(self.weights * factor, self.mask), totals=totals)
@@ -142,3 +155,37 @@ class Parts(Reductions):
                 "totals=batch.totals"
             )
         return dataclasses.replace(cast(Any, self), **changes)
+
+
+def _cut(batch: Any, n: int, each: int) -> Any:
+    """Rows of several datums in n parts; each keeps what is of datums, [N], though they be elsewhere."""
+    check_pairs_in_parts(batch, n, each)
+    of_datums = {name: array for name, array in batch.arrays.items() if jnp.ndim(array) == 1}
+    of_tokens = {name: array for name, array in batch.arrays.items() if jnp.ndim(array) > 1}
+    fields = {name: getattr(batch, name) for name in ("mask", "weights", "segment_ids", "present")}
+    fields, of_tokens = cut((fields, of_tokens), batch.shape[0], n, each, "split")
+    own = fields["mask"] if fields["present"] is None else fields["present"]
+    lengths = jax.vmap(lambda ids, own: summed(own.astype(jnp.int32), Segments(ids, batch.datums)))
+    shared = repeated({"arrays": of_datums, "pairs": batch.pairs}, n)
+    return batch.replace(
+        **fields,
+        arrays=shared["arrays"] | of_tokens,
+        pairs=shared["pairs"],
+        lengths=lengths(jnp.asarray(fields["segment_ids"]), jnp.asarray(own)),
+    )
+
+
+def check_pairs_in_parts(batch: Any, n: int, each: int) -> None:
+    """Refuse parts that would hold one answer of a pair and not the other, where numbers can be told."""
+    if batch.pairs is None or any(isinstance(a, jax.core.Tracer) for a in (batch.pairs, batch.segment_ids)):
+        return
+    ids, pairs = np.asarray(batch.segment_ids), np.asarray(batch.pairs)
+    part = np.zeros(batch.datums + 1, np.int64)
+    part[ids] = (np.arange(len(ids)) // each)[:, None]
+    of_datum = part[1:]
+    for i in range(0, len(pairs) - 1, 2):
+        if pairs[i] and of_datum[i] != of_datum[i + 1]:
+            raise ValueError(
+                f"split: pair {i // 2} would be parted, its answers are in parts {of_datum[i]} and "
+                f"{of_datum[i + 1]}: pack pairs into one row (pack_pairs(rows='packed')), or split into fewer"
+            )

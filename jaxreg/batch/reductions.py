@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxreg.base.numbers import accumulation_dtype
 from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.counting import counted
+from jaxreg.batch.segments import Segments, any_of, largest_of, spread, summed
 from jaxreg.batch.shards import refuse_own_mean
 from jaxreg.batch.totals import Totals
 
@@ -18,6 +19,8 @@ class Reductions:
 
     mask: Array
     weights: Array
+    lengths: Array
+    segment_ids: Array | None  # whose each token is, where a row may hold several datums
     totals: Totals | None  # the whole's, where this is a part
     local: bool  # whether means of one device's own tokens are meant, inside shard_map
 
@@ -26,6 +29,45 @@ class Reductions:
         """(B, T), padding included."""
         rows, length = self.mask.shape
         return rows, length
+
+    @property
+    def datums(self) -> int:
+        """For how many datums there is room: B, or, where a row may hold several, N."""
+        return int(self.lengths.shape[0])
+
+    @property
+    def segments(self) -> Segments | None:
+        """Which token is whose, where a row may hold several datums."""
+        return None if self.segment_ids is None else Segments(jnp.asarray(self.segment_ids), self.datums)
+
+    @property
+    def datums_counted(self) -> Array:
+        """bool [B] (or [N]), the datums with a token that counts; any other is as if it were not there."""
+        return self.any_by_datum(self.counted)
+
+    def any_by_datum(self, which: Array) -> Array:
+        """Whether something [B, T, ...] is so at one of a datum's tokens: bool [B], or [N]."""
+        return any_of(jnp.asarray(which), self.segments)
+
+    def sum_by_datum(self, values: Array) -> Array:
+        """The plain sum of values [B, T, ...] over a datum's tokens, whatever counts: [B], or [N]."""
+        return summed(values, self.segments)
+
+    def largest_by_datum(self, values: Array) -> Array:
+        """The largest of values [B, T, ...] ≥ 0 over a datum's tokens: [B], or [N]."""
+        return largest_of(values, self.segments)
+
+    def spread(self, values: Array) -> Array:
+        """One number a datum, [B] or [N], at each of its tokens: [B, T].
+
+        Example:
+          >>> import jaxreg as jr
+          >>> data = [{"x": [1.0, 2.0], "reward": 5.0}, {"x": [3.0], "reward": 7.0}]
+          >>> batch = jr.TokenBatch.pack(data, rows="packed", length_buckets=[4])
+          >>> batch.spread(batch["reward"])[0].tolist()
+          [5.0, 5.0, 7.0, 0.0]
+        """
+        return spread(jnp.asarray(values), self.segments, self.shape[1])
 
     @property
     def counted(self) -> Array:
@@ -70,16 +112,15 @@ class Reductions:
         return _ratio(jnp.sum(weighted), jnp.sum(weight), jnp.any(weight != 0))
 
     def datum_sum(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
-        """Σ weight·value over each datum's tokens: [B]."""
+        """Σ weight·value over each datum's tokens: [B], or, of rows that hold several datums, [N]."""
         weighted, _ = self._weighted(values, weights)
-        return jnp.sum(weighted.reshape(weighted.shape[0], -1), axis=1)
+        return self.sum_by_datum(weighted)
 
     def datum_means(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Each datum's own weighted mean: [B], 0 where a datum has no weight."""
         weighted, weight = self._weighted(values, weights)
-        weighted, weight = (a.reshape(a.shape[0], -1) for a in (weighted, weight))
-        some = jnp.any(weight != 0, axis=1)
-        return _ratio(jnp.sum(weighted, axis=1), jnp.sum(weight, axis=1), some)
+        some = self.any_by_datum(weight != 0)
+        return _ratio(self.sum_by_datum(weighted), self.sum_by_datum(weight), some)
 
     def datum_mean(self, values: Array, *, weights: ArrayLike | None = None) -> Array:
         """Mean over datums of each datum's own mean (``datum_mean``): a scalar.
@@ -92,7 +133,7 @@ class Reductions:
             datums = self._which(weights, self.totals.datums, self.totals.real_datums)
             return _ratio(jnp.sum(means), datums.astype(means.dtype), datums > 0)
         _, weight = self._weighted(values, weights)
-        counted = jnp.any(weight.reshape(weight.shape[0], -1) != 0, axis=1)
+        counted = self.any_by_datum(weight != 0)
         return _ratio(jnp.sum(means), jnp.sum(counted.astype(means.dtype)), jnp.any(counted))
 
     def check_whole(self, what: str) -> None:
@@ -105,7 +146,7 @@ class Reductions:
         wide = jnp.result_type(float)
         if self.totals is None:
             return jnp.ones((), wide)
-        own, whole = jnp.sum(jnp.any(self.counted, axis=1)), jnp.asarray(self.totals.datums)
+        own, whole = jnp.sum(self.datums_counted), jnp.asarray(self.totals.datums)
         return _ratio(own.astype(wide), whole.astype(wide), whole > 0)
 
     def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
@@ -135,7 +176,7 @@ class Reductions:
         values = jnp.asarray(values)
         values = values.astype(accumulation_dtype(values.dtype))
         if weights is None:
-            weight = self.weights if values.ndim > 1 else jnp.any(self.counted, axis=1)
+            weight = self.weights if values.ndim > 1 else self.datums_counted
         else:
             weight = jnp.asarray(weights)
         if values.ndim == 0 or weight.shape != values.shape[: weight.ndim]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxreg.base.shown import readable, span
 
-FIELDS = ("mask", "weights", "lengths", "present", "pairs")
+FIELDS = ("mask", "weights", "lengths", "present", "pairs", "segment_ids")
 
 
 def batch_title(batch: Any) -> str:
@@ -18,12 +18,27 @@ def batch_title(batch: Any) -> str:
         return "TokenBatch"
     real = mask.astype(bool)
     counts = real & (weights.reshape(*real.shape, -1) != 0).any(axis=-1)
-    datums, tokens = int(real.any(axis=1).sum()), int(real.sum())
+    datums, tokens = _datums(batch, real), int(real.sum())
     some = f", of which {int(counts.sum())} count" if counts.sum() != tokens else ""
     rows, length = real.shape
+    part = "" if batch.totals is None else _part(batch.totals)
     return (
-        f"TokenBatch of {_many(datums, 'datum')}, {_many(tokens, 'token')}{some}, padded to {rows} × {length}"
+        f"TokenBatch of {_many(datums, 'datum')}, {_many(tokens, 'token')}{some}, padded to {rows} × "
+        f"{length}{part}"
     )
+
+
+def _datums(batch: Any, real: np.ndarray) -> int:
+    """How many datums have a real token."""
+    if batch.segment_ids is None:
+        return int(real.any(axis=1).sum())
+    return int((np.unique(np.asarray(batch.segment_ids)[real]) > 0).sum())
+
+
+def _part(totals: Any) -> str:
+    """What it is a part of, where that can be told."""
+    datums = readable(totals.real_datums)
+    return "" if datums is None or datums.ndim else f"; a part of {_many(int(datums), 'datum')}"
 
 
 def batch_rows(batch: Any) -> list[list[str]]:

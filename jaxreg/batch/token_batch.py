@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import flax.struct
 import jax
@@ -15,18 +15,19 @@ from jaxreg.base.names import did_you_mean
 from jaxreg.base.shown import columns, never_fails
 from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.buckets import Buckets, bucket_function, close_length, close_rows
-from jaxreg.batch.counting import token_weights
-from jaxreg.batch.packing import pack_arrays
+from jaxreg.batch.making import made, misfits, of_arrays
+from jaxreg.batch.packing import check_rows, in_rows, pack_arrays
 from jaxreg.batch.pairs import pair_numbers
 from jaxreg.batch.parts import Parts
-from jaxreg.batch.ragged import gather, places, scatter
+from jaxreg.batch.ragged import Places, gather, places, scatter
 from jaxreg.batch.shown import batch_rows, batch_title
 from jaxreg.batch.totals import Totals, taken_totals
 from jaxreg.batch.values import refuse_probabilities
 
 BY_FIELD = 'take a field of the outputs with jaxreg.of("logits", term)'
 _OWN = ("mask", "weights")  # fields that are arrays of the mapping, too
-_FIELDS = (*_OWN, "lengths", "present", "pairs", "totals", "local")
+_OF_SEGMENTS = ("segment_ids", "lengths")
+_FIELDS = (*_OWN, "lengths", "present", "pairs", "segment_ids", "totals", "local")
 
 
 @flax.struct.dataclass(eq=False)
@@ -46,6 +47,10 @@ class TokenBatch(Parts, Mapping[str, Array]):
         mask's.
       pairs: int [B], where `pack_pairs` made the batch: k for the chosen and −k for the rejected answer
         of pair k, 0 for a padded row; else None. Losses on pairs refuse rows that it does not call pairs.
+      segment_ids: int [B, T], where a row may hold several datums (``pack(..., rows="packed")``): each
+        token's datum, from 1 on, and 0 where none stands. What is of datums, [B] elsewhere, has the shape
+        [N] then: ``lengths``, ``pairs``, scalars a datum, and what `datum_sum` and `datum_means` give;
+        `spread` puts it back on tokens. Else None.
       totals: where this is a part of a batch (`split`, `with_totals`, ``pack(..., totals_of=)``), the whole's
         `Totals`, which its means are divided by, so that the parts' values and gradients add up; else None.
       local: whether means inside `jax.shard_map` are each device's own on purpose; see `as_local`.
@@ -81,6 +86,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
     arrays: dict[str, Array] = flax.struct.field(default_factory=dict)
     present: Array | None = None
     pairs: Array | None = None
+    segment_ids: Array | None = None
     totals: Totals | None = None
     local: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -91,6 +97,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
         *,
         length_buckets: Buckets = close_length,
         row_buckets: Buckets = close_rows,
+        rows: Literal["loose", "packed"] = "loose",
         totals_of: Sequence[Any] | None = None,
     ) -> TokenBatch:
         """Pack ragged datums into one padded, masked batch of NumPy arrays.
@@ -105,6 +112,9 @@ class TokenBatch(Parts, Mapping[str, Array]):
             length to the padded one. Default: 8, 10, 12, 14, 16, then four sizes a doubling.
           row_buckets: the same for B. Default: the next even number up to 16, then eight sizes a
             doubling; always even, so that pairs stay pairs.
+          rows: **"loose"**, a row a datum; ``"packed"``, several short ones in one row, as many as its length
+            holds (that of the longest, as ``length_buckets`` has it). A model then has to keep them apart,
+            by ``batch["segment_ids"]``.
           totals_of: all datums of the batch that this is a part of, where several requests or processes
             share it; the parts' values and gradients then add up to the whole's.
 
@@ -127,6 +137,9 @@ class TokenBatch(Parts, Mapping[str, Array]):
         )
         # NumPy arrays: whoever calls the compiled program decides where they go.
         batch = cls(*cast(Any, packed))
+        check_rows(rows)
+        if rows == "packed":
+            batch = cls(**in_rows(packed, bucket_function(row_buckets, "row")))
         if totals_of is None:
             return batch
         return batch.with_totals(cls.pack(totals_of, length_buckets=int, row_buckets=int).own_totals())
@@ -139,6 +152,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
         *,
         length_buckets: Buckets = close_length,
         row_buckets: Buckets = close_rows,
+        rows: Literal["loose", "packed"] = "loose",
     ) -> TokenBatch:
         """Pack pairs of answers as the losses on pairs want them: rows alternate, chosen and rejected.
 
@@ -147,7 +161,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
 
         Args:
           chosen, rejected: as many datums each, as `pack` takes them; the i-th of both are a pair.
-          length_buckets, row_buckets: as for `pack`.
+          length_buckets, row_buckets, rows: as for `pack`; a packed row holds whole pairs.
 
         Raises:
           ValueError, TypeError: as `pack`; they differ in number; or of a pair only one answer has a
@@ -164,7 +178,12 @@ class TokenBatch(Parts, Mapping[str, Array]):
             raise ValueError(f"pack_pairs got {len(chosen)} chosen and {len(rejected)} rejected datums")
         data = [datum for pair in zip(chosen, rejected, strict=True) for datum in pair]
         batch = cls.pack(data, length_buckets=length_buckets, row_buckets=row_buckets)
-        return batch.replace(pairs=pair_numbers(np.asarray(batch.counted), len(data)))  # type: ignore[attr-defined]
+        batch = batch.replace(pairs=pair_numbers(np.asarray(batch.counted), len(data)))
+        check_rows(rows)
+        if rows == "loose":
+            return batch
+        lengths, more = bucket_function(length_buckets, "length"), bucket_function(row_buckets, "row")
+        return cls(**in_rows(batch, more, together=2, bucket_length=lengths), pairs=batch.pairs)
 
     @classmethod
     def from_arrays(
@@ -172,6 +191,8 @@ class TokenBatch(Parts, Mapping[str, Array]):
         *,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        datums: int | None = None,
         totals: Totals | None = None,
         **arrays: ArrayLike,
     ) -> TokenBatch:
@@ -181,8 +202,11 @@ class TokenBatch(Parts, Mapping[str, Array]):
           mask: bool [B, T], the real tokens; all by default. They may stand anywhere in their row. A row
             that is masked whole is padding, and `unpack` leaves it out.
           weights: [B, T] or [B, T, K]; the mask by default.
+          segment_ids: [B, T], where rows hold several datums: their numbers from 1 on, 0 where none stands.
+          datums: with segment_ids, for how many datums there is room, N. **None**: as many as an array of one
+            number a datum [N] has, or as the largest number says, where it can be told.
           totals: the whole's, of a part of a batch; see `with_totals`.
-          **arrays: [B, T, ...] or [B] by name.
+          **arrays: [B, T, ...] or [B] (with segment_ids [N]) by name.
 
         Raises:
           ValueError: arrays that do not fit together; a positive number that counts in an array whose
@@ -197,8 +221,8 @@ class TokenBatch(Parts, Mapping[str, Array]):
           >>> left.lengths.tolist(), left.unpack(jnp.array([[7, 8, 9]]))
           ([2], [array([8, 9], dtype=int32)])
         """
-        made = _of_arrays(mask, weights, arrays, "TokenBatch.from_arrays")
-        return made.of_whole(totals)
+        who = "TokenBatch.from_arrays"
+        return cls(**of_arrays(mask, weights, segment_ids, datums, arrays, who)).of_whole(totals)
 
     def with_arrays(self, **arrays: ArrayLike) -> TokenBatch:
         """The batch with more arrays, or others of the same names; all else stays: mask, weights, pairs.
@@ -219,11 +243,12 @@ class TokenBatch(Parts, Mapping[str, Array]):
         if fields := sorted(arrays.keys() & {*_FIELDS}):
             raise ValueError(f"with_arrays: {fields[0]!r} is no array beside the others; say replace(...)")
         given = {name: jnp.asarray(array) for name, array in arrays.items()}
-        if bad := _misfits(given, self.shape):
+        if bad := misfits(given, self.shape, self.datums):
             raise ValueError(
                 f"with_arrays: arrays are [B, T, ...] or [B] with (B, T) = {self.shape}; got {bad}"
             )
-        refuse_probabilities(given, self.mask, self.weights, "with_arrays")
+        of_tokens = {n: a for n, a in given.items() if a.ndim > 1 or self.segment_ids is None}
+        refuse_probabilities(of_tokens, self.mask, self.weights, "with_arrays")
         return self.replace(arrays={**self.arrays, **given})  # type: ignore[attr-defined, no-any-return]
 
     def as_local(self) -> TokenBatch:
@@ -260,7 +285,8 @@ class TokenBatch(Parts, Mapping[str, Array]):
 
     def _own(self) -> tuple[str, ...]:
         """The fields that are of the mapping, too, so that ``{**batch, ...}`` forgets nothing."""
-        return _OWN if self.totals is None else (*_OWN, "totals")
+        segments = () if self.segment_ids is None else _OF_SEGMENTS
+        return (*_OWN, *segments, *(() if self.totals is None else ("totals",)))
 
     def __bool__(self) -> bool:
         return True  # with a mask alone, too
@@ -283,10 +309,12 @@ class TokenBatch(Parts, Mapping[str, Array]):
           ValueError: the array's leading axes are not this batch's.
         """
         host = np.asarray(array)
-        if host.ndim == 0 or host.shape[:2] != self.shape[: host.ndim]:
+        lead = (self.datums,) if host.ndim == 1 else self.shape
+        if host.ndim == 0 or host.shape[:2] != lead:
             raise ValueError(
                 f"unpack takes an array of shape [B, T, ...] or [B] with (B, T) = {self.shape}, got "
                 f"{host.shape}"
+                + ("" if self.segment_ids is None else f"; what is of datums has the shape ({self.datums},)")
             )
         return gather(host, self._places())
 
@@ -302,61 +330,14 @@ class TokenBatch(Parts, Mapping[str, Array]):
           >>> batch.repack([[5, 6]]).tolist()
           [[0, 5, 6]]
         """
-        return scatter([np.asarray(values) for values in arrays], self._places(), self.shape)
+        return scatter([np.asarray(values) for values in arrays], self._places(), self.shape, self.datums)
 
-    def _places(self) -> list[tuple[int, slice | np.ndarray]]:
-        return places(np.asarray(self.mask if self.present is None else self.present))
+    def _places(self) -> Places:
+        own = np.asarray(self.mask if self.present is None else self.present)
+        return places(own, None if self.segment_ids is None else np.asarray(self.segment_ids))
 
 
 TokenBatch.replace = Parts.replace  # type: ignore[method-assign]  # flax sets its own, after the class body
-
-
-def _of_arrays(
-    mask: ArrayLike | None, weights: ArrayLike | None, arrays: Mapping[str, ArrayLike], who: str
-) -> TokenBatch:
-    given = {name: jnp.asarray(array) for name, array in arrays.items()}
-    shapes = [jnp.shape(a)[:2] for a in (mask, weights) if a is not None]
-    shapes += [a.shape[:2] for a in given.values() if a.ndim > 1]
-    if not shapes:
-        raise ValueError(f"{who} needs an array of shape [B, T, ...]")
-    shape = shapes[0]
-    if len(shape) != 2 or _misfits(given, shape) or any(s != shape for s in shapes):
-        raise ValueError(
-            f"{who}: {_odd_one(given, shape)}all arrays are [B, T, ...] or [B] with one B and T; "
-            f"got { ({n: a.shape for n, a in given.items()}) }, mask "
-            f"{None if mask is None else jnp.shape(mask)}, weights "
-            f"{None if weights is None else jnp.shape(weights)}"
-        )
-    return _made(mask, weights, given, given, shape, who)
-
-
-def _made(
-    mask: ArrayLike | None,
-    weights: ArrayLike | None,
-    given: dict[str, Array],
-    fitting: Mapping[str, Array],
-    shape: tuple[int, ...],
-    who: str,
-) -> TokenBatch:
-    real = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
-    held = token_weights(None if weights is None else jnp.asarray(weights), real)
-    refuse_probabilities(fitting, real, held, who)
-    return TokenBatch(real, held, jnp.sum(real, axis=1, dtype=jnp.int32), given)
-
-
-def _odd_one(given: Mapping[str, Array], shape: tuple[int, ...]) -> str:
-    """Which array does not go with which."""
-    others = {name: array.shape for name, array in given.items() if array.shape[:2] == shape}
-    like = next(iter(others.items()), ("mask", shape))
-    return "".join(
-        f"{name!r} has shape {odd}, but {like[0]!r} {like[1]}: "
-        for name, odd in _misfits(given, shape).items()
-    )
-
-
-def _misfits(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes that are neither [B, T, ...] nor [B]."""
-    return {n: a.shape for n, a in arrays.items() if a.ndim == 0 or a.shape[:2] != shape[: a.ndim]}
 
 
 def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
@@ -374,15 +355,17 @@ def as_token_batch(batch: Any, like: Any, who: str) -> TokenBatch:
         arrays = dict(batch or {})
         totals = taken_totals(arrays)
         mask, weights = arrays.pop("mask", None), arrays.pop("weights", None)
+        ids, lengths = arrays.pop("segment_ids", None), arrays.get("lengths")
+        datums = None
+        if (
+            ids is not None and lengths is not None and jnp.ndim(lengths) == 1
+        ):  # of a TokenBatch that was made a mapping
+            datums = arrays.pop("lengths").shape[0]
         shape = jnp.shape(like if mask is None else mask)[:2]
-        given = {name: jnp.asarray(array) for name, array in arrays.items()}
-        # One that does not fit is the complaint of the term that reads it, not of the first that looks.
-        odd = _misfits(given, shape)
-        fitting = {name: array for name, array in given.items() if name not in odd}
         if len(shape) != 2 or (mask is not None and jnp.ndim(mask) != 2):
             raise ValueError(f"{who}: the batch's mask is [B, T], got shape {jnp.shape(mask)}")
-        made = _made(mask, weights, given, fitting, shape, who)
-        return made.of_whole(totals)
+        given = {name: jnp.asarray(array) for name, array in arrays.items()}
+        return TokenBatch(**made(mask, weights, ids, datums, given, shape, who)).of_whole(totals)
     raise TypeError(
         f"{who}: it reads a TokenBatch or a mapping from name to array, got {type(batch).__name__}"
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.base.types import Array
+from jaxreg.batch.segments import Segments, any_of
 
 T = TypeVar("T")
 
@@ -92,11 +93,24 @@ class EqualParts:
 
 
 def totals_of(
-    mask: Any, weights: Any, arrays: Mapping[str, Any] | None = None, reweighted: Iterable[str] = ()
+    mask: Any,
+    weights: Any,
+    arrays: Mapping[str, Any] | None = None,
+    reweighted: Iterable[str] = (),
+    segments: Segments | None = None,
 ) -> Totals:
-    """The totals of a mask [B, ...] and weights of its shape, or [B, T, K]; NumPy's of NumPy arrays."""
-    host = isinstance(mask, np.ndarray) and isinstance(weights, np.ndarray)
+    """The totals of a mask [B, ...] and weights of its shape, or [B, T, K]; NumPy's of NumPy arrays.
+
+    The arrays that weights are multiplied by have the mask's shape, or one number a row; where rows hold
+    several datums (``segments``), the mask's shape.
+    """
+    host = segments is None and isinstance(mask, np.ndarray) and isinstance(weights, np.ndarray)
     xp: Any = np if host else jnp
+
+    def rows(which: Any) -> Any:
+        """[B], or [N]: whether one of a datum's tokens is so."""
+        return any_of(which, segments) if segments else xp.any(which.reshape(which.shape[0], -1), axis=1)
+
     under = {}
     for name in reweighted:
         if arrays is None or name not in arrays:
@@ -108,13 +122,13 @@ def totals_of(
                 f"(B, T) = {mask.shape}"
             )
         factor = factor.reshape(factor.shape + (1,) * (weights.ndim - factor.ndim))
-        under[name] = _weighted(mask, weights * factor, xp)
-    plain = _weighted(mask, weights, xp)
+        under[name] = _weighted(mask, weights * factor, rows, xp)
+    plain = _weighted(mask, weights, rows, xp)
     return Totals(
         weight=plain.weight,
         tokens=xp.sum(mask, dtype=np.int32),
         datums=plain.datums,
-        real_datums=xp.sum(_rows(mask, xp), dtype=np.int32),
+        real_datums=xp.sum(rows(mask), dtype=np.int32),
         reweighted=under,
     )
 
@@ -157,18 +171,9 @@ def refuse_less(part: Totals, whole: Totals, who: str) -> None:
             )
 
 
-def _weighted(mask: Any, weights: Any, xp: Any) -> Weighted:
+def _weighted(mask: Any, weights: Any, rows: Any, xp: Any) -> Weighted:
     wide = jax.dtypes.canonicalize_dtype(np.float64)  # as wide as any reduction divides in
     real = mask.reshape(mask.shape + (1,) * (weights.ndim - mask.ndim))
     held = xp.where(real, weights, xp.zeros((), weights.dtype))
-    counted = _rows(held != 0, xp)
-    return Weighted(xp.sum(held, dtype=np.float64 if xp is np else wide).astype(wide), _count(counted, xp))
-
-
-def _count(which: Any, xp: Any) -> Any:
-    return xp.sum(which, dtype=np.int32)
-
-
-def _rows(which: Any, xp: Any) -> Any:
-    """[B]: whether one of a row is so."""
-    return xp.any(which.reshape(which.shape[0], -1), axis=1)
+    total = xp.sum(held, dtype=np.float64 if xp is np else wide).astype(wide)
+    return Weighted(total, xp.sum(rows(held != 0), dtype=np.int32))

@@ -203,7 +203,9 @@ def _over_parts(
     if axis_name is not None:
         sums = part_sums.over_devices(sums, want, axis_name)
     if per_datum is not None:
-        per_datum = [own.reshape(-1) for own in per_datum]
+        packed = isinstance(parts, TokenBatch) and parts.segment_ids is not None
+        # A datum has its tokens in one part, and 0 in the others.
+        per_datum = [jnp.max(own, axis=0) if packed else own.reshape(-1) for own in per_datum]
     terms = bind_terms(plan, leaves, jax.tree.map(lambda leaf: leaf[0], parts), state, key)
     return part_sums.finished(terms, sums, x, want, per_datum)._replace(aux=aux)
 
@@ -219,6 +221,8 @@ def _one(
 ) -> tuple[Sums, PyTree]:
     """One part's sums, and what forward returned beside its outputs, and norms a datum."""
     terms = bind_terms(plan, leaves, part, state, key)
+    if isinstance(part, TokenBatch):
+        want = want._replace(ask=want.ask._replace(segments=part.segments))
     model = run_forward(bind_forward(plan, leaves, part, key), x)
     sums, per_datum = part_sums.of_part(terms, model, x, want)
     own, whole = seen(part)
@@ -275,7 +279,8 @@ def _with_states(state: PyTree, states: PyTree) -> PyTree:
 
 def _rows_of(by_term: list[Array | None], batch: PyTree) -> list[Array | None]:
     """Norms a datum of the rows that there were, without those that filled up the last part."""
-    return [None if own is None else own[: _count_rows(batch)] for own in by_term]
+    count = batch.datums if isinstance(batch, TokenBatch) else _count_rows(batch)
+    return [None if own is None else own[:count] for own in by_term]
 
 
 def _filled(parts: PyTree, batch: PyTree) -> float:

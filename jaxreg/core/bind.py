@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxreg.base.paths import leaf_paths
 from jaxreg.base.shown import called, described
 from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.batch.totals import is_part
 from jaxreg.core.aggregate import combine_space, has_state, solve
 from jaxreg.core.measured import held
@@ -40,8 +41,16 @@ def bind_terms(
     return terms
 
 
-def bind_ask(plan: Plan, leaves: Leaves, state: PyTree, key: Array | None) -> Ask:
-    """What the pass is to find besides the gradient: norms, and what an aggregator makes of a Gramian."""
+def bind_ask(plan: Plan, leaves: Leaves, state: PyTree, key: Array | None, batch: PyTree = None) -> Ask:
+    """What the pass is to find besides the gradient: norms, and what an aggregator makes of a Gramian.
+
+    ``batch`` says whose each token is, for norms a datum.
+    """
+    segments = batch.segments if isinstance(batch, TokenBatch) else None
+    return _asked(plan, leaves, state, key)._replace(segments=segments)
+
+
+def _asked(plan: Plan, leaves: Leaves, state: PyTree, key: Array | None) -> Ask:
     aggregator = plan.combiner(leaves)
     now = held(plan, aggregator, state)
     if aggregator is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxreg.base.norm import absolutes, l2_norm
 from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.segments import Segments, largest_of, spread, summed
 from jaxreg.core.gramian import gramian, products_of_trees
 from jaxreg.core.passes import Ask, BoundTerm, Norms, Pass, members, total_of
 from jaxreg.core.pullback import Model
@@ -21,10 +22,17 @@ def in_outputs(terms: Sequence[BoundTerm], model: Model, x: PyTree, ask: Ask) ->
     values, extras, gradients = term_gradients(terms, model.outputs, x)
     own = members([term.on_params for term in terms], "outputs")
     rows = bool(ask.norms and ask.norms.per_datum)
-    if rows:
+    packed = ask.segments if rows else None
+    if rows and packed is None:
         _check_rows(model.outputs)
-    of_rows = [l2_norm(jax.tree.leaves(gradients[i]), keep_leading=rows) for i in own] if ask.norms else []
-    norms = [l2_norm([norm]) for norm in of_rows] if rows else of_rows
+    found = [jax.tree.leaves(gradients[i]) for i in own] if ask.norms else []
+    of_rows = [
+        _of_segments(leaves, packed) if packed else l2_norm(leaves, keep_leading=rows) for leaves in found
+    ]
+    if packed:  # a token of no datum may have a gradient, too
+        norms = [l2_norm(leaves) for leaves in found]
+    else:
+        norms = [l2_norm([norm]) for norm in of_rows] if rows else of_rows
 
     gram = None
     if ask.combines("outputs") or (ask.norms and ask.norms.gramian):
@@ -61,6 +69,30 @@ def outputs_gramian(
     sizes = jnp.stack(norms)
     products, scales = products_of_trees([gradients[i] for i in own], sizes)
     return gramian(products, scales, sizes, [terms[i].weight for i in own])
+
+
+def _of_segments(leaves: Sequence[Array], segments: Segments) -> Array:
+    """[N]: the norms of each datum's gradients, of leaves [B, T, ...] or [N, ...]."""
+    tokens, datums = [], []
+    for leaf in leaves:
+        if leaf.shape[:2] == segments.ids.shape:
+            tokens.append(leaf.reshape(-1, *leaf.shape[2:]))
+        elif leaf.shape[:1] == (segments.number,):
+            datums.append(leaf)
+        else:
+            raise ValueError(
+                f"GradNorms(per_datum=True): of rows that hold several datums the outputs' leaves are "
+                f"[B, T, ...] or one row a datum, [N, ...]; with (B, T) = {segments.ids.shape} and N = {segments.number} "
+                f"one has shape {leaf.shape}"
+            )
+    own = [l2_norm(datums, keep_leading=True)] if datums else []
+    if tokens:
+        each = l2_norm(tokens, keep_leading=True).reshape(segments.ids.shape)
+        size = largest_of(each, segments)
+        size = jnp.where((size > 0) & (size < jnp.inf), size, jnp.ones_like(size))
+        squares = jnp.square(each / spread(size, segments, each.shape[1]))
+        own.append(size * jnp.sqrt(summed(jnp.where(segments.ids > 0, squares, 0), segments)))
+    return l2_norm([jnp.stack(own, axis=1)], keep_leading=True) if len(own) > 1 else own[0]
 
 
 def _check_rows(outputs: PyTree) -> None:

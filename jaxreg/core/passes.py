@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, Place, PyTree
+from jaxreg.batch.segments import Segments
 from jaxreg.core.norms import GradNorms
 
 Forward: TypeAlias = Callable[[PyTree], tuple[PyTree, PyTree]]  # from params to outputs, and aux
@@ -63,6 +64,7 @@ class Ask(NamedTuple):
     space: Place = "outputs"  # of the norms
     combine: Combine | None = None
     held: Held | None = None
+    segments: Segments | None = None  # whose each token is, for norms a datum of rows that hold several
 
     def combines(self, space: Place) -> bool:
         """Whether an aggregator gets the Gramian of this space."""

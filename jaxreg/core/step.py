@@ -38,7 +38,7 @@ def value_and_grad(
     """``((loss_total, report), gradient)``."""
     check_argument(plan, x)
     terms = bind_terms(plan, leaves, batch, state, key)
-    ask = bind_ask(plan, leaves, state, key)
+    ask = bind_ask(plan, leaves, state, key, batch)
     done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, ask)
     out = report(plan, leaves, terms, done, state, ask, is_part(batch))
     return (out.loss_total, out), done.gradient

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 from jaxreg.base.types import Array, PyTree
 from jaxreg.losses.policy import PolicyLoss, Result, check_range, clipped_loss
 from jaxreg.terms.extremes import largest, smallest
@@ -44,7 +42,7 @@ class GSPO(PolicyLoss):
         read = self._read(x, batch)
         tokens = read.tokens
         means = tokens.datum_means(read.log_ratio, weights=counts(tokens) & read.counted)
-        ratio = read.ratio(jnp.broadcast_to(means[:, None], read.log_ratio.shape))
+        ratio = read.ratio(tokens.spread(means))
         loss, clipped = clipped_loss(ratio, read.advantages, self.low, self.high)
         metrics = ratio_metrics(tokens, read.log_ratio, read.counted) | {
             "clip_fraction": tokens.mean(clipped & read.counted),

@@ -151,9 +151,11 @@ class SimPO:
 
 def _read(x: Array, batch: PyTree, who: str, inputs: Inputs, targets: str) -> tuple[TokenBatch, Array]:
     x = needs(x, 2, who, "logprobs [B, T]") if inputs == "logprobs" else needs(x, 3, who, "logits [B, T, V]")
-    if x.shape[0] % 2:
+    packed = isinstance(batch, TokenBatch) and batch.segments is not None
+    rows = batch.datums if packed else x.shape[0]
+    if rows % 2:
         raise ValueError(
-            f"{who}: rows alternate, chosen and rejected, so their number is even; got {x.shape[0]} rows"
+            f"{who}: rows alternate, chosen and rejected, so their number is even; got {rows} rows"
         )
     return sampled(batch, x, who, inputs, targets)
 

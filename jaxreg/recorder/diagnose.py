@@ -139,16 +139,17 @@ def _guilty_datums(value_of: Callable[[PyTree, PyTree], Array], x: PyTree, batch
     if not isinstance(batch, TokenBatch):
         return []
     rows = np.flatnonzero(np.asarray(batch.lengths))
+    numbers = jnp.arange(batch.datums)
 
     @jax.jit
     def alone(row: Array) -> Array:
-        here = (jnp.arange(batch.shape[0]) == row)[:, None]
+        here = batch.spread(numbers == row)
         weights = jnp.asarray(batch.weights)
         kept = here if weights.ndim == 2 else here[..., None]
         single = batch.replace(
             mask=batch.mask & here,
             weights=jnp.where(kept, weights, 0),
-            lengths=batch.lengths * here[:, 0],
+            lengths=batch.lengths * (numbers == row),
             totals=batch.totals,  # a share of the whole is as finite
         )
         return value_of(x, single)

@@ -32,7 +32,8 @@ def to_plain(tree: PyTree) -> Any:
         return tree
     if isinstance(tree, TokenBatch):
         fields: dict[str, Any] = {"mask": tree.mask, "weights": tree.weights, "lengths": tree.lengths}
-        fields |= {k: v for k, v in {"present": tree.present, "pairs": tree.pairs}.items() if v is not None}
+        optional = {name: getattr(tree, name) for name in ("present", "pairs", "segment_ids")}
+        fields |= {name: array for name, array in optional.items() if array is not None}
         if tree.totals is not None:
             fields["totals"] = _plain_totals(tree.totals)
         return {"token_batch": {k: to_plain(v) for k, v in (fields | {"arrays": tree.arrays}).items()}}
@@ -115,9 +116,13 @@ def _only(plain: Any, where: str) -> tuple[str, Any]:
 def _token_batch(fields: dict[str, Any], where: str) -> TokenBatch:
     try:
         mask, weights, lengths, arrays = (fields[k] for k in ("mask", "weights", "lengths", "arrays"))
-        good = mask.ndim == 2 and weights.shape[:2] == mask.shape and lengths.shape == mask.shape[:1]
+        ids = fields.get("segment_ids")
+        good = mask.ndim == 2 and weights.shape[:2] == mask.shape and lengths.ndim == 1
+        good = good and (lengths.shape == mask.shape[:1] if ids is None else ids.shape == mask.shape)
+        good = good and (ids is None or (ids.dtype.kind in "iu" and bool((ids <= len(lengths)).all())))
         good = good and mask.dtype == bool and lengths.dtype.kind in "iu" and isinstance(arrays, dict)
-        good = good and all(a.shape[:2] == mask.shape[: a.ndim] and a.ndim for a in arrays.values())
+        lead = {1: lengths.shape}
+        good = good and all(a.ndim and a.shape[:2] == lead.get(a.ndim, mask.shape) for a in arrays.values())
         good = good and bool(((lengths >= 0) & (lengths <= mask.shape[1])).all())
         present, pairs = fields.get("present"), fields.get("pairs")
         good = good and (present is None or (present.shape == mask.shape and present.dtype == bool))
@@ -134,6 +139,7 @@ def _token_batch(fields: dict[str, Any], where: str) -> TokenBatch:
         arrays=arrays,
         present=present,
         pairs=pairs,
+        segment_ids=ids,
         totals=totals,
     )
 

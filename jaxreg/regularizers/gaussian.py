@@ -161,11 +161,14 @@ def _rows(batch: PyTree, shape: tuple[int, ...]) -> TokenBatch:
         batch = made.replace(arrays=arrays).of_whole(totals)
         if not of_tokens:
             return batch
-    _check_lead({"mask": batch.mask}, shape[: min(2, len(shape) - 1)])
+    if batch.segments is None or len(shape) > 2:
+        _check_lead({"mask": batch.mask}, shape[: min(2, len(shape) - 1)])
+    else:  # one posterior a datum, of which a row may hold several
+        _check_lead({"number of datums": batch.lengths}, shape[:1])
     check_weights(batch, batch.shape, "GaussianKL")
     if len(shape) > 2:
         return batch
-    datums = TokenBatch.from_arrays(mask=jnp.any(batch.counted, axis=1)[:, None])
+    datums = TokenBatch.from_arrays(mask=batch.datums_counted[:, None])
     totals = None if batch.totals is None else batch.totals.of_datums()
     return datums.replace(arrays=batch.arrays, local=batch.local, totals=totals)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.types import Array, PyTree
+from jaxreg.batch.segments import starts
 from jaxreg.batch.token_batch import as_token_batch
 from jaxreg.terms.inputs import target_index
 from jaxreg.terms.masked import (
@@ -70,7 +71,9 @@ class Repetition:
         if said.shape != tokens.shape:
             raise ValueError(f"Repetition: {self.tokens!r} has shape {said.shape}, but x has {x.shape}")
         _, valid = target_index(tokens, self.tokens, x.shape, "Repetition")
-        seen = _said_before(said, tokens.mask if self.context else counts(tokens), self.window, x.shape[-1])
+        taken = tokens.mask if self.context else counts(tokens)
+        begins = None if tokens.segments is None else starts(tokens.segments, tokens.shape)
+        seen = _said_before(said, taken, self.window, x.shape[-1], begins)
         each = jnp.where(seen, -jnp.log(jnp.maximum(-jnp.expm1(log_p), self.floor)), 0.0)
         p = jnp.exp(log_p)
         mass = jnp.sum(jnp.where(seen, p, 0.0), axis=-1)
@@ -109,21 +112,32 @@ class Length:
         tokens = as_token_batch(batch, x, "Length")
         logprobs = logprob_values(tokens, x, "Length")
         logprobs = jnp.where(not_infinite(logprobs), logprobs, 0.0)
-        length = jnp.sum(counts(tokens), axis=1).astype(logprobs.dtype)
+        length = tokens.sum_by_datum(counts(tokens).astype(logprobs.dtype))
         excess = jnp.maximum(length - self.target, 0.0) / self.target
-        score = jnp.sum(logprobs, axis=1)
+        score = tokens.sum_by_datum(logprobs)
         return tokens.mean(excess * score), {"length": tokens.mean(length), "excess": tokens.mean(excess)}
 
 
-def _said_before(said: Array, taken: Array, window: int, vocabulary: int) -> Array:
+def _said_before(said: Array, taken: Array, window: int, vocabulary: int, begins: Array | None) -> Array:
     """Which words stand among the last ``window`` tokens before each, itself left out: bool [B, T, V].
 
-    Only tokens that are taken [B, T] have been said; places between them do not use up the window.
+    Only tokens that are taken [B, T] have been said; places between them do not use up the window. Where a
+    row holds several datums, each begins anew where ``begins`` [B, T] says.
     """
     said = jnp.where(taken, said, -1)  # one_hot of −1 is 0 everywhere
     one_hot = jax.nn.one_hot(said, vocabulary, dtype=jnp.float32)
     before = jnp.cumsum(one_hot, axis=1) - one_hot
-    if window < said.shape[1]:
+    if begins is not None:
+        earlier = jnp.cumsum(taken, axis=1) - taken
+        own = earlier - jnp.take_along_axis(earlier, begins, axis=1)  # how many of its own were taken before
+        before -= jnp.take_along_axis(before, begins[..., None], axis=1)
+        if window < said.shape[1]:
+            order = jnp.argsort(~taken, axis=1, stable=True)
+            leave = jnp.maximum(own - window, 0) + jnp.take_along_axis(earlier, begins, axis=1)
+            start = jnp.take_along_axis(order, jnp.minimum(leave, said.shape[1] - 1), axis=1)
+            gone = jnp.take_along_axis(before, start[..., None], axis=1)
+            before -= jnp.where((own > window)[..., None], gone, 0.0)
+    elif window < said.shape[1]:
         rank = jnp.cumsum(taken, axis=1) - taken  # how many tokens were taken before
         order = jnp.argsort(~taken, axis=1, stable=True)  # where those that are taken stand
         start = jnp.take_along_axis(order, jnp.maximum(rank - window, 0), axis=1)

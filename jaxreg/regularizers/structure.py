@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.base.kinds import Kinds
-from jaxreg.base.numbers import squared, widened
+from jaxreg.base.numbers import magnitude, safe_root, squared, widened
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.token_batch import as_token_batch
+from jaxreg.batch.segments import loose
+from jaxreg.batch.token_batch import TokenBatch, as_token_batch
 from jaxreg.terms.masked import (
     REDUCTIONS,
     Reduction,
@@ -67,8 +68,7 @@ class Consistency:
         values = real_values(tokens, x, "Consistency")
         paired = read_like(self.reference, tokens, values.shape, "Consistency", "the paired field")
         if self.metric == "cosine":
-            rows = (values.shape[0], -1)
-            distance = _cosine_distance(values.reshape(rows), paired.reshape(rows))
+            distance = _cosine_distance(tokens, values, paired)
         elif self.metric == "kl":
             needs(values, 3, "Consistency(metric='kl')", "whole distributions [B, T, V]")
             ratio = plogp_ratio(log_probabilities(values), log_probabilities(paired))
@@ -118,6 +118,8 @@ class Orthogonality:
         x = needs(x, 3, "Orthogonality", "a matrix [N, D], or one a datum [B, T, D]")
         tokens = as_token_batch(batch, x, "Orthogonality")
         values = real_values(tokens, x, "Orthogonality")
+        if tokens.segments is not None:
+            values = loose(values, tokens.segments)
         per_datum, largest = jax.vmap(lambda m: gram_distance(m, self.mode, self.axis))(values)
         worst = jnp.max(jnp.where(datums_that_count(tokens), largest, 0.0), initial=0.0)
         return tokens.mean(per_datum), {"max_cosine": worst}
@@ -165,10 +167,11 @@ class GradientPenalty:
             if key is None:
                 raise ValueError("GradientPenalty: with a reference it needs key=, for ε")
             other = read_like(self.reference, tokens, at.shape, "GradientPenalty", "the reference")
-            mix = jax.random.uniform(key, (at.shape[0],) + (1,) * (at.ndim - 1), at.dtype)
+            mix = tokens.spread(jax.random.uniform(key, (tokens.datums,), at.dtype))
+            mix = mix.reshape(*mix.shape, *[1] * (at.ndim - 2))
             at = mix * at + (1 - mix) * other
         slope = jax.grad(lambda v: jnp.sum(self.fn(v, batch)))(at)
-        norm = norms(real_values(tokens, slope, "GradientPenalty").reshape(at.shape[0], -1))
+        norm = _lengths(tokens, real_values(tokens, slope, "GradientPenalty"))
         return tokens.mean(jnp.square(norm - self.target)), {"norm": tokens.mean(norm)}
 
 
@@ -201,8 +204,40 @@ def spectral_radius(symmetric: Array) -> Array:
     return jnp.sign(jax.lax.stop_gradient(value)) * value
 
 
-def _cosine_distance(a: Array, b: Array) -> Array:
-    """[B], 1 − cos of rows [B, N]; 1, without a gradient, where one of them is 0."""
-    (u, no_u), (v, no_v) = directions(a), directions(b)
-    # Half the squared distance of unit vectors is 1 − cos, but exactly 0 where they are equal.
-    return jnp.where((no_u | no_v)[:, 0], 1.0, 0.5 * jnp.sum(jnp.square(u - v), axis=1))
+def _cosine_distance(tokens: TokenBatch, a: Array, b: Array) -> Array:
+    """[B], 1 − cos of each datum's values [B, T, ...]; 1, without a gradient, where one of them is 0."""
+    if tokens.segments is None:
+        rows = (a.shape[0], -1)
+        (u, no_u), (v, no_v) = directions(a.reshape(rows)), directions(b.reshape(rows))
+        # Half the squared distance of unit vectors is 1 − cos, but exactly 0 where they are equal.
+        return jnp.where((no_u | no_v)[:, 0], 1.0, 0.5 * jnp.sum(jnp.square(u - v), axis=1))
+    (u, no_u), (v, no_v) = _directions(tokens, a), _directions(tokens, b)
+    return jnp.where(no_u | no_v, 1.0, 0.5 * tokens.sum_by_datum(jnp.square(u - v)))
+
+
+def _lengths(tokens: TokenBatch, values: Array) -> Array:
+    """[B] or [N]: the length of each datum's values [B, T, ...], as one vector."""
+    if tokens.segments is None:
+        return norms(values.reshape(values.shape[0], -1))
+    size = _sizes(tokens, values)
+    return size * safe_root(tokens.sum_by_datum(squared(values / _on_tokens(tokens, size, values.ndim))))
+
+
+def _directions(tokens: TokenBatch, values: Array) -> tuple[Array, Array]:
+    """Each datum's values as a unit vector, in rows of several, and which are none since they are 0."""
+    scaled = values / _on_tokens(tokens, _sizes(tokens, values), values.ndim)
+    length = safe_root(tokens.sum_by_datum(squared(scaled)))
+    zero = length == 0
+    return scaled / _on_tokens(tokens, jnp.where(zero, 1.0, length), values.ndim), zero
+
+
+def _sizes(tokens: TokenBatch, values: Array) -> Array:
+    """[N]: the power of two next to each datum's largest number, as `magnitude` has it."""
+    largest = tokens.largest_by_datum(jnp.abs(jax.lax.stop_gradient(values)))
+    return magnitude(largest[:, None], axis=1)[:, 0]
+
+
+def _on_tokens(tokens: TokenBatch, values: Array, ndim: int) -> Array:
+    """One number a datum where its tokens are, for arrays of so many axes; 1 where none is."""
+    spread = jnp.where(jnp.asarray(tokens.segment_ids) > 0, tokens.spread(values), 1.0)
+    return spread.reshape(*spread.shape, *[1] * (ndim - 2))

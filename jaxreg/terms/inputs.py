@@ -141,7 +141,9 @@ def read_folded(
     With per_datum one number a datum [B] stands for all of its tokens.
     """
     array = read(source, tokens, who, what)
-    if per_datum and array.shape == shape[:1]:
+    if per_datum and array.ndim == 1 and tokens.segments is not None and array.shape == (tokens.datums,):
+        array = tokens.spread(array)
+    elif per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {named(source, what)} has shape {array.shape}, but x has {shape}")

@@ -61,7 +61,7 @@ def counts(batch: TokenBatch) -> Array:
 
 def datums_that_count(batch: TokenBatch) -> Array:
     """[B]: the datums with a token that counts; any other is as if it were not there."""
-    return jnp.any(batch.counted, axis=1)
+    return batch.datums_counted
 
 
 def largest(batch: TokenBatch, values: Array) -> Array:

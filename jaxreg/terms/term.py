@@ -132,7 +132,10 @@ def read_like(
     Of logprobs a positive one is refused, where numbers can be told.
     """
     array = read(source, batch, who, what)
-    if per_datum and array.shape == shape[:1]:
+    if per_datum and array.ndim == 1 and batch.segments is not None and array.shape == (batch.datums,):
+        array = batch.spread(array)
+        array = jnp.broadcast_to(array.reshape(*array.shape, *[1] * (len(shape) - 2)), shape)
+    elif per_datum and array.shape == shape[:1]:
         array = jnp.broadcast_to(array.reshape(-1, *[1] * (len(shape) - 1)), shape)
     if array.shape != shape:
         raise ValueError(f"{who}: {named(source, what)} has shape {array.shape}, but x has {shape}")
