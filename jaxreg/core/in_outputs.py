@@ -82,8 +82,8 @@ def _of_segments(leaves: Sequence[Array], segments: Segments) -> Array:
         else:
             raise ValueError(
                 f"GradNorms(per_datum=True): of rows that hold several datums the outputs' leaves are "
-                f"[B, T, ...] or one row a datum, [N, ...]; with (B, T) = {segments.ids.shape} and N = {segments.number} "
-                f"one has shape {leaf.shape}"
+                f"[B, T, ...] or one row a datum, [N, ...]; with (B, T) = {segments.ids.shape} and N = "
+                f"{segments.number} one has shape {leaf.shape}"
             )
     own = [l2_norm(datums, keep_leading=True)] if datums else []
     if tokens:
