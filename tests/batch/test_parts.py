@@ -59,11 +59,15 @@ def is_additive(name):
 
 
 ADDITIVE = [name for name in CASES if is_additive(name) and not CASES[name].key]
+# Of one class, the first case, and those that reduce in a way of their own.
+OWN_WAY = {"L2, number", "Consistency, cosine", "Entropy, temperature", "CrossEntropy of logits"}
+KINDS_OF = [name.partition(",")[0].partition(" of ")[0] for name in ADDITIVE]
+ADDITIVE = [n for i, n in enumerate(ADDITIVE) if n in OWN_WAY or KINDS_OF[i] not in KINDS_OF[:i]]
 REDUCED = [name for name in ADDITIVE if CASES[name].reduces]
 # Every term in float64 with one of its reductions, which they all share, and a few with all in float32.
 SOME = [(name, REDUCTIONS[i % 3], True) for i, name in enumerate(REDUCED)]
 SOME += [(name, "", True) for name in ADDITIVE if name not in REDUCED]
-SOME += [(name, r, False) for name in ("CrossEntropy", "PPO", "KL, k3", "Entropy") for r in REDUCTIONS]
+SOME += [(name, r, False) for name in ("CrossEntropy", "PPO", "Entropy") for r in REDUCTIONS]
 SOME += [(name, "", False) for name in ("DPO", "SimPO", "Length")]
 
 
