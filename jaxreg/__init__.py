@@ -5,6 +5,7 @@ from jaxreg import client as client
 from jaxreg import earlier as _earlier  # noqa: F401
 from jaxreg import host as host
 from jaxreg import losses as losses
+from jaxreg import memory as memory
 from jaxreg import regularizers as regularizers
 from jaxreg import telemetry as telemetry
 from jaxreg import testing as testing

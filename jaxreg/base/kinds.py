@@ -24,6 +24,11 @@ class Kinds(Mapping[str, MetricKind]):
     def __init__(self, others: MetricKind, **named: MetricKind) -> None:
         self._others, self._named = others, named
 
+    def and_those_of(self, others: Mapping[str, MetricKind]) -> Kinds:
+        """These, and those of another term for names that these do not have."""
+        rest = others._others if isinstance(others, Kinds) else None
+        return Kinds(rest, **{**others, **self._named})
+
     def __getitem__(self, name: str) -> MetricKind:
         return self._named.get(name, self._others)
 

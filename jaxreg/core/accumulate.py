@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxreg.core.parted import kinds_of
 from jaxreg.core.passes import Ask, Pass
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.pullback import run_forward
+from jaxreg.core.spec import remembers
 from jaxreg.core.state import none_if_empty
 from jaxreg.core.step import report
 
@@ -156,6 +157,7 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
             batch, steps, rows_together=part_sums.group_of(fns), reweighted=named, axis_name=axis_name
         )
         ask = bind_ask(plan, leaves, state, key)
+        given = x
         x, parts = _varying((x, parts), axis_name)
         if key is not None and axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -166,10 +168,10 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
 
         done = measured(ask) if ask.held is None else _now_and_then(measured, ask)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
-        terms = bind_terms(plan, leaves, first, state, key)
+        terms = bind_terms(plan, leaves, first, state, key, x)
         if done.norms is not None and ask.norms is not None and ask.norms.per_datum:
             done = done._replace(norms=done.norms._replace(per_datum=_rows_of(done.norms.per_datum, batch)))
-        out = report(plan, leaves, terms, done, state, ask, True)
+        out = report(plan, leaves, terms, done, state, ask, given, True)
         return (out.loss_total, out), done.gradient
 
     return accumulated
@@ -193,9 +195,9 @@ def _over_parts(
 
     def following(sums: Sums, at: tuple[PyTree, Array]) -> tuple[Sums, PyTree]:
         here, beside = one(*at, sums.states)
-        return part_sums.added(sums, here, want), beside
+        return _varying(part_sums.added(sums, here, want), axis_name), beside
 
-    states = _states(state)
+    states = _states(plan, leaves, state)
     numbers = jnp.arange(count)
     like, _ = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], (parts, numbers)), states)
     first = _varying(part_sums.nothing(like, want)._replace(states=states), axis_name)
@@ -206,7 +208,7 @@ def _over_parts(
         packed = isinstance(parts, TokenBatch) and parts.segment_ids is not None
         # A datum has its tokens in one part, and 0 in the others.
         per_datum = [jnp.max(own, axis=0) if packed else own.reshape(-1) for own in per_datum]
-    terms = bind_terms(plan, leaves, jax.tree.map(lambda leaf: leaf[0], parts), state, key)
+    terms = bind_terms(plan, leaves, jax.tree.map(lambda leaf: leaf[0], parts), state, key, x)
     return part_sums.finished(terms, sums, x, want, per_datum)._replace(aux=aux)
 
 
@@ -220,7 +222,7 @@ def _one(
     want: Want,
 ) -> tuple[Sums, PyTree]:
     """One part's sums, and what forward returned beside its outputs, and norms a datum."""
-    terms = bind_terms(plan, leaves, part, state, key)
+    terms = bind_terms(plan, leaves, part, state, key, x)
     if isinstance(part, TokenBatch):
         want = want._replace(ask=want.ask._replace(segments=part.segments))
     model = run_forward(bind_forward(plan, leaves, part, key), x)
@@ -250,7 +252,7 @@ def _add(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, ke
     sums, part = batch
     check_argument(plan, x)
     want = _want(plan, leaves, bind_ask(plan, leaves, state, key)._replace(held=None))
-    states = _states(state) if sums is None else sums.states
+    states = _states(plan, leaves, state) if sums is None else sums.states
     here, _ = _one(plan, leaves, x, part, _with_states(state, states), key, want)
     return here if sums is None else part_sums.added(sums, here, want)
 
@@ -261,7 +263,7 @@ def _finish(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree,
     want = _want(plan, leaves, ask)
     terms = bind_terms(plan, leaves, None, state, key)
     done = part_sums.finished(terms, sums, x, want, None)
-    out = report(plan, leaves, terms, done, state, ask, True)
+    out = report(plan, leaves, terms, done, state, ask, x, True)
     return (out.loss_total, out), done.gradient
 
 
@@ -269,12 +271,16 @@ def _want(plan: Plan, leaves: Leaves, ask: Ask) -> Want:
     return Want(ask, plan.names, plan.model is None, [kinds_of(fn) for fn in plan.fns(leaves)])
 
 
-def _states(state: PyTree) -> dict[str, PyTree]:
-    return dict(state["terms"]) if isinstance(state, dict) and "terms" in state else {}
+def _states(plan: Plan, leaves: Leaves, state: PyTree) -> dict[str, PyTree]:
+    """The states that go from part to part: of terms whose own call moves them."""
+    if not isinstance(state, Mapping) or "terms" not in state:
+        return {}
+    fns = dict(zip(plan.names, plan.fns(leaves), strict=True))
+    return {name: own for name, own in state["terms"].items() if not remembers(fns[name])}
 
 
 def _with_states(state: PyTree, states: PyTree) -> PyTree:
-    return {**state, "terms": states} if states else state
+    return {**state, "terms": {**state["terms"], **states}} if states else state
 
 
 def _rows_of(by_term: list[Array | None], batch: PyTree) -> list[Array | None]:

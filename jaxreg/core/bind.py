@@ -26,15 +26,20 @@ from jaxreg.core.weights import weights_at
 
 
 def bind_terms(
-    plan: Plan, leaves: Leaves, batch: PyTree, state: PyTree, key: Array | None
+    plan: Plan, leaves: Leaves, batch: PyTree, state: PyTree, key: Array | None, x: PyTree = None
 ) -> list[BoundTerm]:
-    """The terms as functions of the differentiated value, each with the weight of this step."""
+    """The terms as functions of the differentiated value, each with the weight of this step.
+
+    ``x`` is for terms that ask for the params beside it.
+    """
     fns, weights = plan.fns(leaves), weights_at(plan, leaves, state)
     terms = []
     for i, (name, fn, place, weight) in enumerate(zip(plan.names, fns, plan.places, weights, strict=True)):
         extra = _own_key(fn, key, name, who(name))
         if "state" in requested_arguments(fn):
             extra["state"] = own_state(state, name)
+        if "params" in requested_arguments(fn):
+            extra["params"] = jax.lax.stop_gradient(x)
         # Without a model there is one space: x is the params, where a term says that it is on them.
         on_params = place == "params" and plan.model is not None
         terms.append(BoundTerm(_bound(plan, i, fn, batch, extra), weight, on_params, who(name)))

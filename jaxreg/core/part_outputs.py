@@ -15,6 +15,7 @@ from jaxreg.core.part_sums import Sums, Want
 from jaxreg.core.parted import kinds_of
 from jaxreg.core.passes import Ask, members
 from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.spec import remembers, requested_arguments
 from jaxreg.core.state import none_if_empty
 from jaxreg.core.step import report
 
@@ -57,14 +58,14 @@ def merge_outputs(
                 f"merge_outputs: output {i} is of other terms, {what}; the objective has "
                 f"{list(plan.names[1:])}"
             )
-    _refuse(plan, state)
+    _refuse(plan, objective.leaves)
     merged: CustomLossOutput = objective._run(
         _merge, None, [out.replace(state={}, aux=None) for out in found], none_if_empty(state), None
     )
     return merged
 
 
-def _refuse(plan: Plan, state: Any) -> None:
+def _refuse(plan: Plan, leaves: Leaves) -> None:
     if plan.norms is not None and plan.space == "params":
         raise ValueError(
             "merge_outputs: norms of the params' gradients are not those of their parts; track them at the "
@@ -75,7 +76,8 @@ def _refuse(plan: Plan, state: Any) -> None:
             "merge_outputs: an aggregator needs the gradients of all parts before it combines any: use "
             "jaxreg.accumulate, or send one batch in several requests, requests=n"
         )
-    if isinstance(state, dict) and "terms" in state:
+    fns = [fn for fn in plan.fns(leaves) if "state" in requested_arguments(fn)]
+    if any(not remembers(fn) or "params" in requested_arguments(fn) for fn in fns):
         raise ValueError(
             "merge_outputs: stateful terms saw the parts apart, and none of their states is that of the "
             "whole: use jaxreg.accumulate, or send one batch in several requests, requests=n"
@@ -91,7 +93,7 @@ def _merge(
         lambda a, b: part_sums.added(a, b, want), [_sums_of(plan, out, want) for out in batch]
     )
     terms = bind_terms(plan, leaves, None, state, key)
-    return report(plan, leaves, terms, part_sums.finished(terms, sums, x, want, None), state, ask, True)
+    return report(plan, leaves, terms, part_sums.finished(terms, sums, x, want, None), state, ask, x, True)
 
 
 def _sums_of(plan: Plan, out: CustomLossOutput, want: Want) -> Sums:

@@ -9,7 +9,10 @@ It may ask for more with keyword-only arguments of these names, and gets nothing
 
 - ``key``: its own random key, the ``key=`` of the call folded with the CRC-32 of the term's name;
 - ``state``: its own state from the last step. Such a term is an object with an ``init()`` method that
-  gives the first state, and returns ``(value, metrics, next_state)``.
+  gives the first state, and returns ``(value, metrics, next_state)``. With a method ``remember(state, *,
+  value, metrics, params)`` it returns ``(value, metrics)``, and the next state is what that gives, once a
+  step and of the whole batch, in however many parts it came;
+- ``params``: what the objective is a function of, without a gradient: the params, of one with a ``forward``.
 
 A term that is meaningful on parameters only (weight decay) says so with an attribute ``place = "params"``,
 which is then the default of its spec's ``on``.
@@ -41,7 +44,7 @@ from jaxreg.core.notes import add_place
 
 NUMERIC = (jax.Array, np.ndarray, np.generic, float, int, complex)
 Additive: TypeAlias = bool | Literal["same", "approximate"]
-OPTIONAL_ARGUMENTS = ("key", "state")
+OPTIONAL_ARGUMENTS = ("key", "state", "params")
 RESERVED_METRICS = ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted")
 BASE = "base_loss"
 TOTAL = "loss_total"
@@ -197,7 +200,7 @@ def check_term(fn: object, who: str) -> None:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
         return  # A builtin without a signature: the first trace will tell.
-    for name in OPTIONAL_ARGUMENTS:
+    for name in ("key", "state"):  # the first argument may well be called params
         if name in signature.parameters and name not in requested_arguments(fn):
             raise TypeError(
                 f"{who}: it takes {name!r} by position, and would never get it; make it keyword-only: "
@@ -237,7 +240,7 @@ def own_place(fn: object) -> Place:
 
 
 def requested_arguments(fn: TermFn) -> tuple[str, ...]:
-    """Those of ``key`` and ``state`` that fn takes by keyword only."""
+    """Those of ``key``, ``state`` and ``params`` that fn takes by keyword only."""
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
@@ -247,6 +250,11 @@ def requested_arguments(fn: TermFn) -> tuple[str, ...]:
         for name in OPTIONAL_ARGUMENTS
         if name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     )
+
+
+def remembers(fn: TermFn) -> bool:
+    """Whether the term's next state is made of the whole step, and not by its call."""
+    return callable(getattr(fn, "remember", None))
 
 
 def has_default(fn: TermFn, argument: str) -> bool:
@@ -320,7 +328,7 @@ def call_term(
     except Exception as error:
         add_place(error, f"the {who} of the objective", x=x, batch=batch)
         raise
-    stateful = "state" in extra
+    stateful = "state" in extra and not remembers(fn)
     contract = "(value, metrics, next_state)" if stateful else "value or (value, metrics)"
     metrics: Any = {}
     state = None

@@ -16,8 +16,9 @@ from jaxreg.base.shown import described
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.measured import first_measured
 from jaxreg.core.notes import add_place
+from jaxreg.core.passes import Pass
 from jaxreg.core.plan import Leaves, Plan, who
-from jaxreg.core.spec import requested_arguments
+from jaxreg.core.spec import remembers, requested_arguments
 
 REMEDY = (
     "pass state=objective.init() first and state=out.state from then on (objective is what compose returns)"
@@ -88,6 +89,24 @@ def next_state(state: PyTree, by_name: Mapping[str, PyTree], moved: Mapping[str,
     for name, new in moved.items():
         following[name] = _checked(state[name], new, f"the objective's {name!r}")
     return jax.lax.stop_gradient(following)
+
+
+def remembered(plan: Plan, leaves: Leaves, done: Pass, state: PyTree, x: PyTree) -> dict[str, PyTree]:
+    """The next states of the terms that make them of the whole step."""
+    if not isinstance(state, Mapping) or "terms" not in state:
+        return {}
+    found = {}
+    for name, fn, value, extra in zip(plan.names, plan.fns(leaves), done.values, done.extras, strict=True):
+        if name in state["terms"] and remembers(fn):
+            fixed = jax.lax.stop_gradient((value, extra[0], x))
+            try:
+                found[name] = fn.remember(  # type: ignore[attr-defined]
+                    state["terms"][name], value=fixed[0], metrics=fixed[1], params=fixed[2]
+                )
+            except Exception as error:
+                add_place(error, f"remember() of the {who(name)} of the objective")
+                raise
+    return found
 
 
 def _first(fn: Any, whose: str, *arguments: Any) -> Any:

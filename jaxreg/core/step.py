@@ -18,7 +18,7 @@ from jaxreg.core.parted import approximate_terms
 from jaxreg.core.passes import Ask, BoundTerm, Pass, members, weighted
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.rules import moved_weights
-from jaxreg.core.state import next_state
+from jaxreg.core.state import next_state, remembered
 
 
 def call(
@@ -26,9 +26,9 @@ def call(
 ) -> tuple[Array, CustomLossOutput]:
     """``(loss_total, report)``."""
     check_argument(plan, x)
-    terms = bind_terms(plan, leaves, batch, state, key)
+    terms = bind_terms(plan, leaves, batch, state, key, x)
     done = evaluate(terms, bind_forward(plan, leaves, batch, key), x)
-    out = report(plan, leaves, terms, done, state, Ask(), is_part(batch))
+    out = report(plan, leaves, terms, done, state, Ask(), x, is_part(batch))
     return out.loss_total, out
 
 
@@ -37,10 +37,10 @@ def value_and_grad(
 ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
     """``((loss_total, report), gradient)``."""
     check_argument(plan, x)
-    terms = bind_terms(plan, leaves, batch, state, key)
+    terms = bind_terms(plan, leaves, batch, state, key, x)
     ask = bind_ask(plan, leaves, state, key, batch)
     done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, ask)
-    out = report(plan, leaves, terms, done, state, ask, is_part(batch))
+    out = report(plan, leaves, terms, done, state, ask, x, is_part(batch))
     return (out.loss_total, out), done.gradient
 
 
@@ -51,6 +51,7 @@ def report(
     done: Pass,
     state: PyTree,
     ask: Ask,
+    x: PyTree,
     part: bool,
 ) -> CustomLossOutput:
     """What a pass over a batch (or a part of one) gave, as people see it, and the state of the next step."""
@@ -86,6 +87,7 @@ def report(
         approximate=approximate_terms(plan, leaves) if part else (),
     )
     by_name = {name: extra[1] for name, extra in zip(plan.names, done.extras, strict=True)}
+    by_name |= remembered(plan, leaves, done, state, x)
     moved = measured(plan, state, done, ask.held)
     if plan.weighting is not None:
         moved |= moved_weights(plan.rule(leaves), plan.ruled, out, state)

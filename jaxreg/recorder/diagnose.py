@@ -101,7 +101,7 @@ def _findings(inputs: Inputs) -> Iterator[Finding]:
             yield Finding("weight", name, "", None, None, float(weight))
     for i, name in enumerate(plan.names):
         at = x if plan.places[i] == "params" else outputs
-        value_of = _value_of(plan, leaves, i, inputs.state, inputs.key)
+        value_of = _value_of(plan, leaves, i, inputs.state, inputs.key, x)
         value, slope = _value_and_slope(value_of, at, batch)
         if not np.isfinite(value):
             guilty = _guilty_datums(value_of, at, batch) if plan.places[i] != "params" else []
@@ -126,10 +126,10 @@ def as_arrays(x: PyTree, batch: PyTree) -> PyTree:
 
 
 def _value_of(
-    plan: Any, leaves: Any, i: int, state: PyTree, key: Array | None
+    plan: Any, leaves: Any, i: int, state: PyTree, key: Array | None, params: PyTree
 ) -> Callable[[PyTree, PyTree], Array]:
     def value(state: PyTree, x: PyTree, batch: PyTree) -> Array:
-        return bind_terms(plan, leaves, batch, state, key)[i].fn(x)[0]
+        return bind_terms(plan, leaves, batch, state, key, params)[i].fn(x)[0]
 
     return jax.tree_util.Partial(value, state)  # traced with the rest, as the step traces it
 

@@ -84,6 +84,8 @@ def check_term(
         extra["key"] = jax.random.key(seed)
     if "state" in requested_arguments(fn):
         extra["state"] = fn.init()  # type: ignore[attr-defined]
+    if "params" in requested_arguments(fn):
+        extra["params"] = x
     term = Subject(fn, x, batch, extra, np.random.default_rng(seed), rows_together)
     of_tokens = isinstance(batch, TokenBatch) and isinstance(x, jax.Array) and x.shape[:2] == batch.shape
 

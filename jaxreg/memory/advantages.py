@@ -1,0 +1,103 @@
+"""Advantages by what rewards usually are: a replay baseline, and running normalisation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxreg.base.kinds import Kinds
+from jaxreg.base.pytrees import register_fields
+from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.token_batch import as_token_batch
+from jaxreg.core.parted import kinds_of
+from jaxreg.memory.wrapper import Wrapper, check_decay, fixed, mean_of, moved, nothing_yet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningAdvantages(Wrapper):
+    """A policy loss whose advantages are taken relative to those of the steps before: ``(A − mean) / std``.
+
+    With ``scale=False`` it is the moving-average baseline of REINFORCE (Williams 1992); with both, the
+    running normalisation that reinforcement-learning systems keep of returns. Mean and standard deviation are
+    over the advantages that count (datums, of one number a datum; tokens, by their weights, of one a token),
+    decayed over steps; before there are any, advantages stay as they are.
+
+    Args:
+      term: a loss that reads the batch's array of this name.
+      advantages: its name, **"advantages"**.
+      center, scale: whether the running mean is subtracted, and what is left divided by the running standard
+        deviation, both **True**.
+      decay: what of the running means stays from step to step, **0.99**.
+
+    Metrics: the term's own; ``advantage_mean`` and ``advantage_square``, of this step, as they came.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> loss = jr.memory.RunningAdvantages(term=jr.losses.PPO(), scale=False, decay=0.0)
+      >>> objective = jr.compose(loss)
+      >>> batch = {"logprobs": jnp.array([[-1.0], [-1.0]]), "advantages": jnp.array([3.0, 5.0])}
+      >>> state = objective.init()
+      >>> for _ in range(2):
+      ...     (value, out), grad = objective.value_and_grad(batch["logprobs"], batch, state=state)
+      ...     state = out.state
+      >>> grad.tolist()  # ½ and −½: of advantages 3 − 4 and 5 − 4
+      [[0.5], [-0.5]]
+    """
+
+    term: TermFn
+    advantages: str = "advantages"
+    center: bool = True
+    scale: bool = True
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        self._check()
+        check_decay(self.decay, "RunningAdvantages")
+
+    @property
+    def metric_kinds(self) -> Kinds:
+        """Those of the term, and its own."""
+        own = Kinds(None, advantage_mean="sum", advantage_square="sum")
+        return own.and_those_of(kinds_of(self.term))
+
+    def init(self) -> dict[str, Array]:
+        """Nothing is remembered yet."""
+        return nothing_yet("mean", "square")
+
+    def __call__(
+        self, x: PyTree, batch: PyTree, *, state: dict[str, Array], **asked: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss, at advantages relative to those before."""
+        if self.advantages not in batch:
+            raise KeyError(
+                f"RunningAdvantages: the batch has no array {self.advantages!r}; it has {sorted(batch)}"
+            )
+        given = jnp.asarray(batch[self.advantages])
+        tokens = as_token_batch(batch, x, "RunningAdvantages")
+        mean, square = mean_of(state, "mean"), mean_of(state, "square")
+        own = given - mean if self.center else given
+        if self.scale:
+            spread = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
+            own = jnp.where((state["weight"] > 0) & (spread > 0), own / jnp.where(spread > 0, spread, 1), own)
+        value, metrics = self._inside(x, _with(batch, self.advantages, own.astype(given.dtype)), asked)
+        return value, metrics | {
+            "advantage_mean": tokens.mean(given),
+            "advantage_square": tokens.mean(jnp.square(given)),
+        }
+
+    def remember(
+        self, state: dict[str, Array], *, value: Array, metrics: dict[str, Array], params: PyTree
+    ) -> dict[str, Array]:
+        """The whole batch's advantages are some more of those that they are measured by."""
+        return moved(
+            state, self.decay, mean=metrics["advantage_mean"], square=fixed(metrics["advantage_square"])
+        )
+
+
+def _with(batch: PyTree, name: str, array: Array) -> PyTree:
+    return batch.with_arrays(**{name: array}) if hasattr(batch, "with_arrays") else {**batch, name: array}
+
+
+register_fields(RunningAdvantages, ["term"], ["advantages", "center", "scale", "decay"])
