@@ -27,6 +27,7 @@ from jaxreg.core.output import BaseLossOutput as BaseLossOutput
 from jaxreg.core.output import CustomLossOutput as CustomLossOutput
 from jaxreg.core.output import RegularizerOutput as RegularizerOutput
 from jaxreg.core.part_outputs import merge_outputs as merge_outputs
+from jaxreg.core.restore import StateChangedWarning as StateChangedWarning
 from jaxreg.core.spec import RegularizerSpec as RegularizerSpec
 from jaxreg.core.stacking import stack as stack
 from jaxreg.terms.view import of as of

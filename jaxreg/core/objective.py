@@ -22,6 +22,7 @@ from jaxreg.core.calls import calling
 from jaxreg.core.explain import explain, refuse_deleted
 from jaxreg.core.output import CustomLossOutput
 from jaxreg.core.plan import Leaves, Plan
+from jaxreg.core.restore import restored
 from jaxreg.core.shown import objective_rest, objective_rows, text_columns, weight_text
 from jaxreg.core.spec import check_weight
 from jaxreg.core.state import first_state, none_if_empty
@@ -129,6 +130,30 @@ class CompositeLoss:
         if self.stacked is not None:
             return jax.vmap(functools.partial(first_state, self.plan))(self.leaves)
         return first_state(self.plan, self.leaves)
+
+    def restored(self, saved: PyTree) -> PyTree:
+        """A state that was saved, as this objective takes it, though terms were added or dropped since.
+
+        A term that is new begins with its first state, one that is gone is left out, and both are said
+        (`StateChangedWarning`). Whatever fits comes back bit for bit.
+
+        Args:
+          saved: ``out.state`` as it was, or as a checkpoint gives it back: dicts and arrays, of NumPy or JAX.
+
+        Raises:
+          TypeError, ValueError: it is of another objective (it says what differs), or of a newer release.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxreg as jr, optax
+          >>> fade = optax.linear_schedule(1.0, 0.0, 10)
+          >>> term = dict(name="l2", fn=lambda x, batch: jnp.sum(x**2), weight=fade)
+          >>> objective = jr.compose(lambda x, batch: jnp.sum(x), [term])
+          >>> _, out = objective(jnp.ones(2), state=objective.init())
+          >>> saved = {name: leaf.tolist() for name, leaf in out.state.items()}  # a file, say
+          >>> objective.restored(saved)["step"]
+          Array(1, dtype=int32)
+        """
+        return restored(self.init(), saved)
 
     @property
     def stacked(self) -> int | None:

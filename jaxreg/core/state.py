@@ -1,7 +1,8 @@
 """What an objective carries from step to step.
 
 The step, for schedules; each stateful term's own state; the weights that a rule chose, and the rule's own;
-what was measured last, where it is measured now and then, and the aggregator's own. Arrays under string keys.
+what was measured last, where it is measured now and then, and the aggregator's own. Arrays under string keys,
+with the version of this structure beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from jaxreg.core.notes import add_place
 from jaxreg.core.passes import Pass
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import remembers, requested_arguments
+
+VERSION = 1  # of a state's structure; a state of 0.2.0 has none
 
 REMEDY = (
     "pass state=objective.init() first and state=out.state from then on (objective is what compose returns)"
@@ -41,7 +44,8 @@ def first_state(plan: Plan, leaves: Leaves) -> dict[str, Any]:
         state["rules"] = jax.tree.map(_fresh, own)
     state |= jax.tree.map(_fresh, first_measured(plan, leaves))
     if any(plan.schedules) or state:
-        state = {"step": jnp.zeros((), jnp.int32), **state}
+        number = jnp.asarray(VERSION, jnp.int32)
+        state = {"version": number, "step": jnp.zeros((), jnp.int32), **state}
     return state
 
 
