@@ -101,9 +101,9 @@ class Stop:
         self._asked = True
         print("\nstopping after this step; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
 
-    def range(self, count: int) -> Iterator[int]:
+    def range(self, count: int, first: int = 0) -> Iterator[int]:
         """The steps' numbers, until Ctrl-C."""
-        for step in range(count):
+        for step in range(first, count):
             if self:
                 print(f"stopped after {step} of {count} steps")
                 return

@@ -10,6 +10,7 @@ between them; some minutes on two cores.
     python examples/train_lm.py --weight z_loss=0.01 --steps 200
     python examples/train_lm.py --weighting kl_target            # a weight that keeps the KL at 0.8
     python examples/train_lm.py --aggregator upgrad              # steps that make no term worse
+    python examples/train_lm.py --checkpoint-every 50            # killed and started again, it goes on
     python -m jaxreg watch runs/train_lm/run.jsonl               # from another terminal
 """
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import terminal
+from checkpoints import Checkpoints
 from flax import nnx
 from text import bigram_table, bits_per_byte_of_table, load_text
 
@@ -166,33 +168,70 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     table_bits = bits_per_byte_of_table(held_out, text)
     print(f"held out before: {before:.3f} bits a byte; the bigram table alone: {table_bits:.3f}")
 
-    rng, state, began = np.random.default_rng(options.seed), objective.init(), time.perf_counter()
-    log = terminal.new_run(options.out / "run.jsonl")
-    last: jr.CustomLossOutput | None = None
+    checkpoints, first, (params, opt_state), state = begun(options, (params, opt_state), objective)
+    rng, began = drawing(options.seed, first, len(text)), time.perf_counter()
+    log = options.out / "run.jsonl" if first else terminal.new_run(options.out / "run.jsonl")
+    last, done = None, None
     with (
         terminal.stoppable() as stop,
         jr.telemetry.attached(jr.telemetry.JSONL(log)),
         jr.telemetry.LiveTable(options.steps),
     ):
-        for step in stop.range(options.steps):
-            starts = rng.integers(0, len(text) - LENGTH - 1, BATCH)
+        for step in stop.range(options.steps, first):
+            starts = drawn(rng, len(text))
             params, opt_state, out = train_step(objective, params, opt_state, state, text, starts)
             state = out.state
             if last is not None:  # one step behind, so that the host never waits for the device
                 jr.telemetry.log(last, step=step - 1)
             last, done = out, step
+            if checkpoints and (step + 1) % options.checkpoint_every == 0:
+                jr.telemetry.log(last, step=step)  # what the checkpoint is of is on record before it is
+                last = None
+                checkpoints.save(step + 1, (params, opt_state), state)
         if last is not None:
             jr.telemetry.log(last, step=done)
-    if last is None:
+    if done is None:
         return {"before": before}
 
     seconds = time.perf_counter() - began
-    picture = jr.telemetry.plot(log, options.out / "terms.png")
-    page = jr.telemetry.report(log, out=options.out / "report")
-    print(f"a line a step in {log}, the picture in {picture}, the report in {page}", flush=True)
+    show(log, options)
     after = bits_per_byte(params)
     print(f"held out after:  {after:.3f} bits a byte, in {seconds:.0f} s of training")
     return {"before": before, "after": after}
+
+
+def drawn(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Where the windows of a step begin."""
+    return rng.integers(0, size - LENGTH - 1, BATCH)
+
+
+def drawing(seed: int, first: int, size: int) -> np.random.Generator:
+    """Random numbers, those of the steps before the first one drawn."""
+    rng = np.random.default_rng(seed)
+    for _ in range(first):
+        drawn(rng, size)
+    return rng
+
+
+def begun(
+    options: argparse.Namespace, model: Any, objective: jr.CompositeLoss
+) -> tuple[Checkpoints | None, int, Any, Any]:
+    """The run's checkpoints, and what it begins with: steps behind it, params and optimizer, state."""
+    if not options.checkpoint_every:
+        return None, 0, model, objective.init()
+    about = {name: getattr(options, name) for name in ("steps", "seed")}
+    checkpoints = Checkpoints(options.out / "checkpoints", about)
+    if (first := checkpoints.latest) is None:
+        return checkpoints, 0, model, objective.init()
+    print(f"going on after {first} of {options.steps} steps")
+    return checkpoints, first, *checkpoints.restore(model, objective)
+
+
+def show(log: Path, options: argparse.Namespace) -> None:
+    """The picture and the report of the run."""
+    picture = jr.telemetry.plot(log, options.out / "terms.png")
+    page = jr.telemetry.report(log, out=options.out / "report")
+    print(f"a line a step in {log}, the picture in {picture}, the report in {page}", flush=True)
 
 
 def weighted(objective: jr.CompositeLoss, options: argparse.Namespace) -> jr.CompositeLoss:
@@ -221,6 +260,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--every", type=terminal.steps, default=10, metavar="N", help="measure the norms every N-th step"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=terminal.steps,
+        metavar="N",
+        help="keep what there is every N steps, and go on",
     )
     options = parser.parse_args(arguments)
     try:

@@ -116,8 +116,8 @@ def _check_version(saved: Mapping[str, Any]) -> None:
     version = int(np.asarray(saved.get("version", 0)))
     if version > VERSION:
         raise ValueError(
-            f"the saved state is of version {version}, and this jaxreg knows up to {VERSION}: it was saved by "
-            f"a newer release; install that"
+            f"the saved state is of version {version}, and this jaxreg knows up to {VERSION}: it was "
+            f"saved by a newer release; install that"
         )
 
 
