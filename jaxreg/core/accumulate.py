@@ -138,6 +138,14 @@ def finish_parts(
 
     Raises:
       ValueError: a part is missing, or was added twice.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxreg as jr
+      >>> objective = jr.compose(jr.losses.CrossEntropy(), forward=lambda w, batch: w * batch["logprobs"])
+      >>> first, _ = jr.TokenBatch.pack([{"logprobs": [-1.0]}, {"logprobs": [-6.0]}]).split(2)
+      >>> jr.finish_parts(objective, jr.add_part(objective, None, jnp.array(1.0), first), jnp.array(1.0))
+      Traceback (most recent call last):
+      ValueError: finish_parts: 1 datums that count were added, and the whole batch has 2: a part is missing
     """
     if not isinstance(sums, Sums):
         raise TypeError(f"finish_parts takes what add_part gave, got {type(sums).__name__}")
