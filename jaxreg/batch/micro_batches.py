@@ -56,6 +56,8 @@ def micro_batches(
                 f"'weights' to say which rows are filled up: give it one, or another number of steps"
             )
         totals = EqualParts(jnp.asarray(totals.count * n))
+    else:
+        totals = totals.replace(parts=totals.parts * n)  # type: ignore[attr-defined]
     parts: dict[str, Any] = cut(arrays, rows, n, each, "accumulate")
     return parts | {"totals": repeated(totals, n)}
 

@@ -121,6 +121,7 @@ class Parts(Reductions):
         parts: Self = (
             cut(whole, rows, int(n), each, "split") if self.segments is None else _cut(whole, n, each)
         )
+        totals = totals.replace(parts=totals.parts * int(n))  # type: ignore[attr-defined]
         return parts.replace(totals=repeated(totals, int(n)), local=False)
 
     def reweighted(self, name: str) -> Self:

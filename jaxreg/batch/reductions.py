@@ -147,7 +147,8 @@ class Reductions:
         if self.totals is None:
             return jnp.ones((), wide)
         own, whole = jnp.sum(self.datums_counted), jnp.asarray(self.totals.datums)
-        return _ratio(own.astype(wide), whole.astype(wide), whole > 0)
+        alike = 1 / jnp.asarray(self.totals.parts, wide)
+        return jnp.where(whole > 0, _ratio(own.astype(wide), whole.astype(wide), whole > 0), alike)
 
     def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
         """Σ weight of the whole batch for values of this shape, and whether anything counts there."""

@@ -222,6 +222,8 @@ class TokenBatch(Parts, Mapping[str, Array]):
           ([2], [array([8, 9], dtype=int32)])
         """
         who = "TokenBatch.from_arrays"
+        if segment_ids is not None and datums is None and "lengths" in arrays:  # from_arrays(**batch)
+            datums = len(cast(Any, arrays.pop("lengths")))
         return cls(**of_arrays(mask, weights, segment_ids, datums, arrays, who)).of_whole(totals)
 
     def with_arrays(self, **arrays: ArrayLike) -> TokenBatch:

@@ -36,6 +36,7 @@ class Totals:
       tokens: int, the real tokens.
       datums: int, the datums with a token that counts: real, and of a weight that is not 0.
       real_datums: int, the datums with a real token.
+      parts: int, into how many it was taken apart, as far as that is known; it counts where no datum does.
       reweighted: by the name of an array, weight and datums under the weights times that array.
 
     Example:
@@ -50,6 +51,7 @@ class Totals:
     tokens: Array
     datums: Array
     real_datums: Array
+    parts: Array | int = 1
     reweighted: dict[str, Weighted] = flax.struct.field(default_factory=dict)
 
     def pairs(self) -> Array:
@@ -58,7 +60,7 @@ class Totals:
 
     def of_datums(self) -> Totals:
         """The totals of a batch with one token, of weight 1, for every datum that counts."""
-        return Totals(self.datums, self.datums, self.datums, self.datums)
+        return Totals(self.datums, self.datums, self.datums, self.datums, self.parts)
 
     def under(self, name: str) -> Totals:
         """The totals under the weights times an array of the batch.
@@ -89,7 +91,8 @@ class EqualParts:
 
     def of(self, own: Totals) -> Totals:
         """The whole's totals, of the part's own."""
-        return jax.tree.map(lambda total: total * self.count, own)  # type: ignore[no-any-return]
+        whole: Totals = jax.tree.map(lambda total: total * self.count, own)
+        return whole
 
 
 def totals_of(
@@ -129,6 +132,7 @@ def totals_of(
         tokens=xp.sum(mask, dtype=np.int32),
         datums=plain.datums,
         real_datums=xp.sum(rows(mask), dtype=np.int32),
+        parts=xp.ones((), np.int32),
         reweighted=under,
     )
 

@@ -165,6 +165,11 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
             batch, steps, rows_together=part_sums.group_of(fns), reweighted=named, axis_name=axis_name
         )
         ask = bind_ask(plan, leaves, state, key)
+        if axis_name is not None and ask.norms is not None and ask.norms.per_datum:
+            raise ValueError(
+                "accumulate: norms a datum are of the device's own rows, and nothing else is, with "
+                "axis_name=: compose with GradNorms(per_datum=False)"
+            )
         given = x
         x, parts = _varying((x, parts), axis_name)
         if key is not None and axis_name is not None:

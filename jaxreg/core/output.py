@@ -185,8 +185,8 @@ class CustomLossOutput:
 
         Numbers that are not finite become None; the names of the terms that made them are then
         listed under ``"nonfinite"`` (``"base_loss"`` for the base loss, ``"loss_total"`` where only a
-        sum overflowed). ``"cosines"`` (by the first term of a pair, then by the second), ``"norms_age"`` and
-        ``"aggregation"`` are there only where the step has them.
+        sum overflowed). ``"cosines"`` (by the first term of a pair, then by the second), ``"norms_age"``,
+        ``"aggregation"`` and ``"approximate"`` (names of terms) are there only where the step has them.
 
         Raises:
           ValueError: the output holds more than one step (it went through vmap or scan).
@@ -267,6 +267,8 @@ def _nested(host: CustomLossOutput, number: Callable[[Any], float | None]) -> di
 def _nested_rest(host: CustomLossOutput, number: Callable[[Any], float | None]) -> dict[str, Any]:
     """What only some steps have."""
     rest: dict[str, Any] = {}
+    if host.approximate:
+        rest["approximate"] = list(host.approximate)
     if host.gramian is not None:
         names, values = host.gramian_terms, host_cosines(host.gramian)
         rest["cosines"] = {

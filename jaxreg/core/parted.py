@@ -86,7 +86,7 @@ def _share(batch: PyTree) -> Array:
     weights = batch.get("weights", batch.get("mask"))
     mask = batch.get("mask", jnp.ones(weights.shape[:2], bool))
     own, whole = totals_of(jnp.asarray(mask, bool), jnp.asarray(weights)).datums, jnp.asarray(totals.datums)
-    ratio = own / jnp.where(whole > 0, whole, 1)
+    ratio = jnp.where(whole > 0, own / jnp.where(whole > 0, whole, 1), 1 / jnp.asarray(totals.parts))
     return ratio.astype(jnp.result_type(float))
 
 

@@ -151,13 +151,12 @@ class SimPO:
 
 def _read(x: Array, batch: PyTree, who: str, inputs: Inputs, targets: str) -> tuple[TokenBatch, Array]:
     x = needs(x, 2, who, "logprobs [B, T]") if inputs == "logprobs" else needs(x, 3, who, "logits [B, T, V]")
-    packed = isinstance(batch, TokenBatch) and batch.segments is not None
-    rows = batch.datums if packed else x.shape[0]
-    if rows % 2:
+    tokens, logprobs = sampled(batch, x, who, inputs, targets)
+    if tokens.datums % 2:
         raise ValueError(
-            f"{who}: rows alternate, chosen and rejected, so their number is even; got {rows} rows"
+            f"{who}: rows alternate, chosen and rejected, so their number is even; got {tokens.datums} rows"
         )
-    return sampled(batch, x, who, inputs, targets)
+    return tokens, logprobs
 
 
 def _over_pairs(tokens: TokenBatch, losses: Array, rewards: Array, who: str) -> Result:

@@ -22,6 +22,9 @@ _PLAIN = (str, int, float, bool, type(None))
 _SMALL = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
 
 
+NUMBERS = ("weight", "tokens", "datums", "real_datums", "parts")  # of totals
+
+
 class Lost(ValueError):
     """A part of a recording that could not be kept, or put together again."""
 
@@ -82,7 +85,7 @@ def from_plain(plain: Any, where: str, like: PyTree = None) -> PyTree:
 
 
 def _plain_totals(totals: Totals) -> dict[str, Any]:
-    plain = {name: getattr(totals, name) for name in ("weight", "tokens", "datums", "real_datums")}
+    plain = {name: getattr(totals, name) for name in NUMBERS}
     return plain | {"reweighted": {name: list(own) for name, own in totals.reweighted.items()}}
 
 
@@ -90,7 +93,7 @@ def _totals(plain: Any) -> Totals:
     """What `_plain_totals` made; KeyError, TypeError or ValueError of what a stranger made."""
     plain = dict(plain)
     reweighted = {str(name): Weighted(*own) for name, own in dict(plain.pop("reweighted")).items()}
-    numbers = {name: plain[name] for name in ("weight", "tokens", "datums", "real_datums")}
+    numbers = {name: plain[name] for name in NUMBERS}
     if any(np.ndim(leaf) for leaf in jax.tree.leaves((numbers, reweighted))):
         raise ValueError("totals are scalars")
     return Totals(**numbers, reweighted=reweighted)

@@ -157,7 +157,8 @@ def _rows(batch: PyTree, shape: tuple[int, ...]) -> TokenBatch:
             _check_lead(given, shape[:1])
             given = {name: array[:, None] for name, array in given.items()}
         real = given.pop("mask", None if given else jnp.ones((shape[0], 1), bool))
-        made = TokenBatch.from_arrays(mask=real, weights=given.get("weights"))
+        ids = {n: arrays.pop(n) for n in ("segment_ids", "lengths") if of_tokens and "segment_ids" in arrays}
+        made = TokenBatch.from_arrays(mask=real, weights=given.get("weights"), **ids)
         batch = made.replace(arrays=arrays).of_whole(totals)
         if not of_tokens:
             return batch

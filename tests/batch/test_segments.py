@@ -14,7 +14,7 @@ import jaxreg as jr
 
 B, T = 6, 5
 NAMES = [
-    *("CrossEntropy", "PPO", "GSPO", "DPO", "SimPO", "KLTopK", "L1", "Entropy", "KL, k3", "Unlikelihood"),
+    *("CrossEntropy", "GSPO", "DPO", "KLTopK", "Entropy", "Unlikelihood"),
     *("Repetition", "Repetition, window", "Length", "Consistency", "Consistency, cosine", "GaussianKL"),
     *(
         "Orthogonality, soft, rows",
@@ -114,6 +114,7 @@ def test_short_answers_share_rows():
     assert "6 datums, 290 tokens, padded to 4 × 100" in repr(batch)
     assert {**batch}.keys() == {"mask", "weights", "segment_ids", "lengths", "x"}
     assert jr.regularizers.L1(reduction="datum_mean")(batch["x"], {**batch})[0] == 1
+    assert jr.TokenBatch.from_arrays(**batch).datums == 6
 
 
 def test_pairs_are_packed_into_one_row_and_stay_there():

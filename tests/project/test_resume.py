@@ -16,10 +16,11 @@ from places import EXAMPLES, SUPPORT
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 KILLS, STEPS, EVERY = 10, 40, 4
+NEVER = (0, 0)
 
 
-def started(out, seconds, tmp_path, *more):
-    """The main job of a small model, killed so many seconds after it began to train; 0: it is not."""
+def started(out, kill, tmp_path, *more):
+    """The main job of a small model, killed after so many steps and seconds; after 0 steps: it is not."""
     path = os.pathsep.join(map(str, (EXAMPLES, SUPPORT / "support")))
     environment = os.environ | {
         "PYTHONPATH": path,
@@ -40,7 +41,7 @@ def started(out, seconds, tmp_path, *more):
         *more,
     ]
     script = str(SUPPORT / "small_lm.py")
-    command = [sys.executable, script, str(seconds), *options]
+    command = [sys.executable, "-u", script, *map(str, kill), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -66,17 +67,17 @@ def arrays_of(folder):
 
 
 def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
-    whole = started(tmp_path / "whole", 0, tmp_path)
+    whole = started(tmp_path / "whole", NEVER, tmp_path)
     assert whole.returncode == 0, whole.stderr
     rng, killed, went_on = random.Random(0), 0, False
     while killed < KILLS:
-        run = started(tmp_path / "killed", rng.uniform(0.0, 2.5), tmp_path)
+        run = started(tmp_path / "killed", (rng.randint(1, 6), rng.uniform(0.0, 0.3)), tmp_path)
         assert run.returncode in (-signal.SIGKILL, 0), run.stderr
         if run.returncode == 0:
             break
         killed += 1
         went_on |= "going on after" in run.stdout
-    last = started(tmp_path / "killed", 0, tmp_path)
+    last = started(tmp_path / "killed", NEVER, tmp_path)
     assert last.returncode == 0, last.stderr
     assert went_on
     assert killed == KILLS, f"it ended after {killed} kills"
@@ -85,6 +86,6 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
     for got, want in pairs:
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
-    other = started(tmp_path / "killed", 0, tmp_path, "--seed", "1")
+    other = started(tmp_path / "killed", NEVER, tmp_path, "--seed", "1")
     assert other.returncode != 0
     assert "has checkpoints of a run with --seed 0, not 1" in other.stderr
