@@ -44,13 +44,19 @@ def main() -> None:
 
         print(f"{machine({})}\n\n{programs_table(options.tpu)}")
     elif options.command == "moving":
-        _run_moving(options)
+        from benchmarks.commands.moving import moving_tables
+
+        _run_tables(options, "moving", "Norms now and then, and rules,", moving_tables(options.quick))
     elif options.command == "accumulate":
-        _run_accumulate(options)
+        from benchmarks.commands.accumulate import accumulate_tables
+
+        _run_tables(options, "accumulate", "Micro-batches", accumulate_tables(options.quick))
     elif options.command == "client":
         _run_client(options)
     elif options.command == "host":
-        _run_host(options)
+        from benchmarks.commands.host import host_tables
+
+        _run_tables(options, "host", "Host terms and telemetry", host_tables(options.quick))
     elif options.command == "soak":
         from benchmarks.commands.soak import run_soak
 
@@ -59,32 +65,17 @@ def main() -> None:
         _run_cases(options, upgrad=options.command == "upgrad")
 
 
-def _run_moving(options: argparse.Namespace) -> None:
+def _run_tables(options: argparse.Namespace, name: str, heading: str, tables: str) -> None:
+    """Print what a command measured, and write it to the results where that is asked for."""
     import jax
 
-    from benchmarks.commands.moving import moving_tables
     from benchmarks.measure.table import machine
 
-    tables, where = moving_tables(options.quick), machine({})
+    where = machine({})
     print(f"{tables}\n\n{where}")
     if options.write:
-        path = RESULTS / f"moving-{jax.__version__}.md"
-        path.write_text(
-            f"# Norms now and then, and rules, with jax {jax.__version__}\n\n{where}.\n\n{tables}\n"
-        )
-
-
-def _run_accumulate(options: argparse.Namespace) -> None:
-    import jax
-
-    from benchmarks.commands.accumulate import accumulate_tables
-    from benchmarks.measure.table import machine
-
-    tables, where = accumulate_tables(options.quick), machine({})
-    print(f"{tables}\n\n{where}")
-    if options.write:
-        path = RESULTS / f"accumulate-{jax.__version__}.md"
-        path.write_text(f"# Micro-batches with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
+        path = RESULTS / f"{name}-{jax.__version__}.md"
+        path.write_text(f"# {heading} with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
 def _run_client(options: argparse.Namespace) -> None:
@@ -102,19 +93,6 @@ def _run_client(options: argparse.Namespace) -> None:
     if options.write:
         path = RESULTS / f"client-{jax.__version__}.md"
         path.write_text(f"# The client with jax {jax.__version__}\n\n{machine(versions)}.\n\n{section}")
-
-
-def _run_host(options: argparse.Namespace) -> None:
-    import jax
-
-    from benchmarks.commands.host import host_tables
-    from benchmarks.measure.table import machine
-
-    tables, where = host_tables(options.quick), machine({})
-    print(f"{tables}\n\n{where}")
-    if options.write:
-        path = RESULTS / f"host-{jax.__version__}.md"
-        path.write_text(f"# Host terms and telemetry with jax {jax.__version__}\n\n{where}.\n\n{tables}\n")
 
 
 def _run_cases(options: argparse.Namespace, upgrad: bool) -> None:

@@ -18,6 +18,11 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def log_limit(dtype: Any) -> float:
+    """The largest whole log-ratio whose exponential the dtype holds: 88 in float32, 709 in float64."""
+    return 709.0 if jnp.finfo(dtype).bits > 32 else 88.0
+
+
 def widened(x: Any) -> Array:
     """x as an array of its accumulation dtype."""
     return jnp.asarray(x, accumulation_dtype(jnp.result_type(x)))

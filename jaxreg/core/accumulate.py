@@ -273,9 +273,11 @@ def _add(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, ke
 def _finish(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, key: Array | None) -> Result:
     sums = batch
     ask = bind_ask(plan, leaves, state, key)
-    want = _want(plan, leaves, ask)
     terms = bind_terms(plan, leaves, None, state, key)
-    done = part_sums.finished(terms, sums, x, want, None)
+    done = part_sums.finished(terms, sums, x, _want(plan, leaves, ask), None)
+    if ask.held is not None:  # in a loop every step measures
+        ask = ask._replace(held=ask.held._replace(fresh=jnp.asarray(True)))
+        done = as_held(done, ask)
     out = report(plan, leaves, terms, done, state, ask, x, True)
     return (out.loss_total, out), done.gradient
 

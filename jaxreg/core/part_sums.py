@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxreg.base.kinds import MetricKind
 from jaxreg.base.norm import absolutes, l2_norm
-from jaxreg.base.numbers import accumulation_dtype, safe_root
+from jaxreg.base.numbers import accumulation_dtype, log_limit, safe_root
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.gramian import gramian, products_of_trees
@@ -49,7 +49,7 @@ class Want(NamedTuple):
     shared: bool  # whether x is the parts' own outputs (False) or what all of them share (True: no model)
     kinds: list[Mapping[str, MetricKind]]
     filled: float = (
-        1.0  # by how much the rows that fill up the last part make all parts larger than the whole
+        1.0  # how many rows all parts have, with those that fill up the last, for one of the whole
     )
 
     @property
@@ -243,12 +243,12 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
 
     space, rows = ask.space, sums.rows
     of_params = space == "params" or want.shared
-    own = range(len(terms)) if of_params else members([t.on_params for t in terms], "outputs")
     combined = None
     if ask.combine is not None:
         combined = ask.combine.solve(_gramian_for(terms, sums, want, ask.combine.space))
-    among = range(len(terms)) if combined is None else _members(terms, want, ask.combine.space)  # type: ignore[union-attr]
-    scales = scales_of(terms, among, None if combined is None else combined.coefficients)
+    scales = scales_of(terms, range(len(terms)), None)
+    if ask.combine is not None and combined is not None:
+        scales = scales_of(terms, _members(terms, ask.combine.space), combined.coefficients)
     chosen = _chosen(x, want)
     held = [leaf for leaf, yes in zip(like, chosen, strict=True) if yes]
     weighted = weighted_sum(scales, rows, held)
@@ -261,14 +261,14 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
         if combined is not None and ask.combines("outputs"):
             measured = measured._replace(total=_combined_length(combined.gramian, combined.coefficients))
         return done._replace(norms=measured)
-    by_term: list[Array | None] = [l2_norm(rows[i]) for i in own]
-    sized = [absolutes(rows[i]) if ask.norms.absolutes else None for i in own]
+    by_term: list[Array | None] = [l2_norm(row) for row in rows]
+    sized = [absolutes(row) if ask.norms.absolutes else None for row in rows]
     none: list[Array | None] = [None] * len(terms)
-    gram = _rows_gramian(terms, rows, list(own)) if ask.norms.gramian else None
+    gram = _rows_gramian(terms, rows, list(range(len(rows)))) if ask.norms.gramian else None
     return done._replace(norms=Norms(by_term, none, list(sized), l2_norm(weighted), gram))
 
 
-def _members(terms: Sequence[BoundTerm], want: Want, space: Any) -> list[int]:
+def _members(terms: Sequence[BoundTerm], space: Any) -> list[int]:
     return members([term.on_params for term in terms], space)
 
 
@@ -277,7 +277,7 @@ def _gramian_for(terms: Sequence[BoundTerm], sums: Sums, want: Want, space: Any)
         assert sums.gramian is not None
         return sums.gramian
     assert sums.rows is not None
-    return _rows_gramian(terms, sums.rows, _members(terms, want, space))
+    return _rows_gramian(terms, sums.rows, _members(terms, space))
 
 
 def _rows_gramian(terms: Sequence[BoundTerm], rows: list[PyTree], own: list[int]) -> Array:
@@ -288,7 +288,7 @@ def _rows_gramian(terms: Sequence[BoundTerm], rows: list[PyTree], own: list[int]
 
 def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, want: Want, per_datum: PyTree) -> Norms:
     """What was measured of the outputs' gradients, in the order of all terms."""
-    own = members([term.on_params for term in terms], "outputs")
+    own = _members(terms, "outputs")
     by_term: list[Array | None] = [None] * len(terms)
     by_datum: list[Array | None] = [None] * len(terms)
     sizes: list[tuple[Array, Array] | None] = [None] * len(terms)
@@ -325,8 +325,8 @@ def whole_metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> 
     for name, kind in kinds.items():
         if isinstance(kind, tuple) and kind[0] == "exp" and kind[1] in found:
             nats = found[kind[1]]
-            limit = 709.0 if jnp.finfo(nats.dtype).bits > 32 else 88.0
-            found[name] = jnp.where(jnp.isposinf(nats), jnp.inf, jnp.exp(jnp.minimum(nats, limit)))
+            held = jnp.exp(jnp.minimum(nats, log_limit(nats.dtype)))
+            found[name] = jnp.where(jnp.isposinf(nats), jnp.inf, held)
     return found
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jaxreg.base.kinds import MetricKind
 from jaxreg.base.types import Array, PyTree, TermFn
+from jaxreg.batch.micro_batches import seen
 from jaxreg.batch.token_batch import TokenBatch
-from jaxreg.batch.totals import EqualParts, totals_of
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import Additive, check_additive
 
@@ -80,14 +80,9 @@ def _share(batch: PyTree) -> Array:
     """Which share of the whole's datums that count are in this part."""
     if isinstance(batch, TokenBatch):
         return batch.share()
-    totals = batch["totals"]
-    if isinstance(totals, EqualParts):
-        return 1 / jnp.asarray(totals.count, jnp.result_type(float))
-    weights = batch.get("weights", batch.get("mask"))
-    mask = batch.get("mask", jnp.ones(weights.shape[:2], bool))
-    own, whole = totals_of(jnp.asarray(mask, bool), jnp.asarray(weights)).datums, jnp.asarray(totals.datums)
-    ratio = jnp.where(whole > 0, own / jnp.where(whole > 0, whole, 1), 1 / jnp.asarray(totals.parts))
-    return ratio.astype(jnp.result_type(float))
+    own, whole = (count.astype(jnp.result_type(float)) for count in seen(batch))
+    alike = 1 / jnp.asarray(getattr(batch["totals"], "parts", 1))  # where nothing counts anywhere
+    return jnp.where(whole > 0, own / jnp.where(whole > 0, whole, 1), alike)
 
 
 def _as_if_whole(batch: PyTree) -> PyTree:

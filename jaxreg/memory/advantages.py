@@ -12,7 +12,15 @@ from jaxreg.base.pytrees import register_fields
 from jaxreg.base.types import Array, PyTree, TermFn
 from jaxreg.batch.token_batch import as_token_batch
 from jaxreg.core.parted import kinds_of
-from jaxreg.memory.wrapper import Wrapper, check_decay, fixed, mean_of, moved, nothing_yet
+from jaxreg.memory.wrapper import (
+    Wrapper,
+    check_decay,
+    fixed,
+    mean_of,
+    moved,
+    nothing_yet,
+    with_array,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,7 @@ class RunningAdvantages(Wrapper):
         if self.scale:
             spread = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
             own = jnp.where((state["weight"] > 0) & (spread > 0), own / jnp.where(spread > 0, spread, 1), own)
-        value, metrics = self._inside(x, _with(batch, self.advantages, own.astype(given.dtype)), asked)
+        value, metrics = self._inside(x, with_array(batch, self.advantages, own.astype(given.dtype)), asked)
         return value, metrics | {
             "advantage_mean": tokens.mean(given),
             "advantage_square": tokens.mean(jnp.square(given)),
@@ -94,10 +102,6 @@ class RunningAdvantages(Wrapper):
         return moved(
             state, self.decay, mean=metrics["advantage_mean"], square=fixed(metrics["advantage_square"])
         )
-
-
-def _with(batch: PyTree, name: str, array: Array) -> PyTree:
-    return batch.with_arrays(**{name: array}) if hasattr(batch, "with_arrays") else {**batch, name: array}
 
 
 register_fields(RunningAdvantages, ["term"], ["advantages", "center", "scale", "decay"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxreg.base.pytrees import register_fields
 from jaxreg.base.types import Array, PyTree, TermFn
-from jaxreg.memory.wrapper import Wrapper, check_decay, fixed
+from jaxreg.memory.wrapper import Wrapper, check_decay, fixed, with_array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,9 +75,7 @@ class MovingReference(Wrapper):
                 f"array: give it a forward that takes the field, lambda params, batch: "
                 f"model(params, batch)['logits']"
             )
-        beside = {self.name: reference}
-        more = batch.with_arrays(**beside) if hasattr(batch, "with_arrays") else {**(batch or {}), **beside}
-        return self._inside(x, more, asked)
+        return self._inside(x, with_array(batch, self.name, reference), asked)
 
     def remember(
         self, state: dict[str, PyTree], *, value: Array, metrics: dict[str, Array], params: PyTree

@@ -58,6 +58,13 @@ class Wrapper:
         return getattr(self.term, name)
 
 
+def with_array(batch: PyTree, name: str, array: Array) -> PyTree:
+    """The batch with one more array, or another one of the name: a `TokenBatch`, a mapping, or None."""
+    if hasattr(batch, "with_arrays"):
+        return batch.with_arrays(**{name: array})
+    return {**(batch or {}), name: array}
+
+
 def nothing_yet(*names: str) -> dict[str, Array]:
     """A decaying mean of several numbers, of none so far."""
     return {name: jnp.zeros((), jnp.result_type(float)) for name in (*names, "weight")}

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 
 from jaxreg.base.kinds import Kinds
+from jaxreg.base.numbers import log_limit
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.divergences import FORWARD, REVERSE, SYMMETRIC, Kind, divergence
@@ -14,7 +15,7 @@ from jaxreg.terms.estimators import Gradient, check_gradient, estimated, off_pol
 from jaxreg.terms.extremes import largest
 from jaxreg.terms.inputs import INPUTS, Inputs, distributions, kind_of, read_folded, sampled
 from jaxreg.terms.masked import REDUCTIONS, Reduction, check_choice, not_infinite, reduce_tokens
-from jaxreg.terms.ratios import k3, log_limit, mean_large, reduce_large
+from jaxreg.terms.ratios import k3, mean_large, reduce_large
 from jaxreg.terms.term import Source, read, term
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.numbers import log_limit
 from jaxreg.base.types import Array
-from jaxreg.terms.ratios import bounded, log_limit, ratio_of
+from jaxreg.terms.ratios import bounded, ratio_of
 
 
 @jax.custom_jvp

@@ -13,17 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxreg.base.numbers import log_limit
 from jaxreg.base.types import Array
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.terms.extremes import largest, smallest
 from jaxreg.terms.masked import Reduction, reduce_tokens
 
 _LARGE, _SCALE = 2.0**96, 2.0**-64  # powers of two: scaling by them rounds nothing
-
-
-def log_limit(dtype: Any) -> float:
-    """The largest whole log-ratio whose exponential the dtype holds: 88 in float32, 709 in float64."""
-    return 709.0 if jnp.finfo(dtype).bits > 32 else 88.0
 
 
 def bounded(log_ratio: Array, limit: Any) -> Array:

@@ -160,6 +160,20 @@ def test_rules_and_norms_now_and_then_go_by_whole_batches():
         chex.assert_trees_all_close((loss, state, grads), (whole, states, slopes), rtol=2e-5, atol=2e-6)
 
 
+def test_a_loop_measures_in_every_step_and_says_so():
+    objective = objective_of(track_grad_norms=G(every=3, wrt="outputs"))
+    batch, state = batch_of(rows=9), objective.init()
+    for _ in range(2):
+        sums = None
+        for part in batch.split(3, reweighted=("unwanted",)):
+            sums = jr.add_part(objective, sums, params(), part, state=state)
+        (_, out), _ = jr.finish_parts(objective, sums, params(), state=state)
+        (_, whole), _ = objective.value_and_grad(params(), batch, state=objective.init())
+        assert out.norms_age == 0
+        np.testing.assert_allclose(out.total_grad_norm, whole.total_grad_norm, rtol=2e-5)
+        state = out.state
+
+
 @pytest.mark.parametrize("counted", [{}, {"mask": "bool"}, {"weights": "float"}])
 def test_mappings_of_rows_are_batches_too(counted):
     rng = np.random.default_rng(2)
