@@ -13,7 +13,7 @@ import numpy as np
 import jaxreg as jr
 from benchmarks.cases import params, transformer
 from benchmarks.measure.table import markdown
-from benchmarks.measure.timing import take_turns, timed_turn
+from benchmarks.measure.timing import Timings, take_turns, timed_turn
 
 STEPS = 8
 ROUNDS, QUICK_ROUNDS = 10, 2
@@ -28,7 +28,9 @@ NORMS: dict[str, bool | jr.GradNorms] = {
 def accumulate_tables(quick: bool) -> str:
     """Memory and time, in Markdown."""
     whole, x = _batch(), jax.tree.map(jnp.asarray, params.problem().x)
-    rows = [_row(name, norms, whole, x, QUICK_ROUNDS if quick else ROUNDS) for name, norms in NORMS.items()]
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    measured = [_row(name, norms, whole, x, rounds) for name, norms in NORMS.items()]
+    rows, notes = [row for row, _ in measured], [f"{row[0]}: {timings}" for row, timings in measured]
     title = (
         f"Six terms on the transformer, {whole.shape[0]} × {whole.shape[1]} tokens in {STEPS} micro-batches, "
         f"which are ragged; the gradient has {_mebibytes(x):.1f} MiB."
@@ -42,7 +44,7 @@ def accumulate_tables(quick: bool) -> str:
         "accumulate, ms",
         "×",
     ]
-    return f"## accumulate(steps={STEPS})\n\n{title}\n\n{markdown(header, rows)}"
+    return f"## accumulate(steps={STEPS})\n\n{title}\n\n{markdown(header, rows)}\n\n" + "\n".join(notes)
 
 
 def _batch() -> jr.TokenBatch:
@@ -72,7 +74,9 @@ def _objective(norms: bool | jr.GradNorms) -> jr.CompositeLoss:
     return jr.compose(base, specs, forward=params.forward, track_grad_norms=norms)
 
 
-def _row(name: str, norms: bool | jr.GradNorms, whole: jr.TokenBatch, x: Any, rounds: int) -> list[str]:
+def _row(
+    name: str, norms: bool | jr.GradNorms, whole: jr.TokenBatch, x: Any, rounds: int
+) -> tuple[list[str], Timings]:
     objective, parts = _objective(norms), whole.split(STEPS)
     micro: Any = jax.jit(lambda o, x, part: o.value_and_grad(x, part)).lower(objective, x, parts[0]).compile()
     every: Any = (
@@ -93,7 +97,7 @@ def _row(name: str, norms: bool | jr.GradNorms, whole: jr.TokenBatch, x: Any, ro
     timings = take_turns([turns], [os.getpid()], budget=0, fewest=rounds)
     seconds = {turn: median(own) for turn, own in timings.seconds.items()}
     temp = {"micro": _temporary(micro), "every": _temporary(every)}
-    return [
+    row = [
         name,
         f"{temp['micro']:.1f}",
         f"{temp['every']:.1f}",
@@ -102,6 +106,7 @@ def _row(name: str, norms: bool | jr.GradNorms, whole: jr.TokenBatch, x: Any, ro
         f"{1e3 * seconds['every']:.0f}",
         f"{seconds['every'] / seconds['micro']:.3f}",
     ]
+    return row, timings
 
 
 def _check(micro: Any, every: Any, objective: Any, x: Any, parts: list[Any], whole: Any) -> None:
