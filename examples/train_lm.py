@@ -8,7 +8,7 @@ between them; some minutes on two cores.
     python examples/train_lm.py
     python examples/train_lm.py --without kl_bigram              # ablations
     python examples/train_lm.py --weight z_loss=0.01 --steps 200
-    python examples/train_lm.py --weighting kl_target            # a weight that keeps the KL at 0.8
+    python examples/train_lm.py --weighting kl_target            # a weight that keeps the KL at 0.2
     python examples/train_lm.py --aggregator upgrad              # steps that make no term worse
     python examples/train_lm.py --checkpoint-every 50            # killed and started again, it goes on
     python -m jaxreg watch runs/train_lm/run.jsonl               # from another terminal
