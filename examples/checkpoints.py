@@ -60,7 +60,10 @@ class Checkpoints:
     def save(self, steps: int, model: Any, state: Any) -> None:
         """Keep what there is after so many steps."""
         save = self._ocp.args.StandardSave
-        self._manager.save(steps, args=self._ocp.args.Composite(model=save(model), objective=save(state)))
+        items = {"model": save(model)}
+        if state:  # where nothing is remembered it is empty, which orbax takes for a mistake
+            items["objective"] = save(state)
+        self._manager.save(steps, args=self._ocp.args.Composite(**items))
         self._manager.wait_until_finished()  # or the next step would donate what is being written
 
     def restore(self, model: Any, objective: jr.CompositeLoss) -> tuple[Any, Any]:
@@ -69,13 +72,13 @@ class Checkpoints:
         What changed since is said: a term that is new begins with its first state.
         """
         restore, step = self._ocp.args.StandardRestore, self.latest
-        like = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, model)
+        items = {"model": restore(jax.tree.map(self._ocp.utils.to_shape_dtype_struct, model))}
+        if (self._folder / str(step) / "objective").is_dir():
+            items["objective"] = restore()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*[Ss]harding")  # one device: this one
-                found = self._manager.restore(
-                    step, args=self._ocp.args.Composite(model=restore(like), objective=restore())
-                )
+                found = self._manager.restore(step, args=self._ocp.args.Composite(**items))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the checkpoint {self._folder / str(step)} cannot be read; without it the run goes on from "
@@ -83,7 +86,7 @@ class Checkpoints:
             ) from error
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", jr.StateChangedWarning)
-            state = objective.restored(found["objective"])
+            state = objective.restored(found.get("objective") or {})
         for what in told:
             print(what.message)
         return found["model"], state

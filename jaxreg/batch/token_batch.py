@@ -230,7 +230,8 @@ class TokenBatch(Parts, Mapping[str, Array]):
         """The batch with more arrays, or others of the same names; all else stays: mask, weights, pairs.
 
         Args:
-          **arrays: [B, T, ...] or [B] by name. What comes as one array a datum, `repack` first.
+          **arrays: [B, T, ...] or [B] (of packed rows [N]) by name. What comes as one array a datum, `repack`
+            first.
 
         Raises:
           ValueError: an array that does not fit, as `from_arrays` says, or the name of a field.
@@ -246,8 +247,9 @@ class TokenBatch(Parts, Mapping[str, Array]):
             raise ValueError(f"with_arrays: {fields[0]!r} is no array beside the others; say replace(...)")
         given = {name: jnp.asarray(array) for name, array in arrays.items()}
         if bad := misfits(given, self.shape, self.datums):
+            of_datums = "[B]" if self.segment_ids is None else f"[N] = ({self.datums},)"
             raise ValueError(
-                f"with_arrays: arrays are [B, T, ...] or [B] with (B, T) = {self.shape}; got {bad}"
+                f"with_arrays: arrays are [B, T, ...] or {of_datums} with (B, T) = {self.shape}; got {bad}"
             )
         of_tokens = {n: a for n, a in given.items() if a.ndim > 1 or self.segment_ids is None}
         refuse_probabilities(of_tokens, self.mask, self.weights, "with_arrays")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,21 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxreg.base.types import Array, PyTree
-from jaxreg.batch.micro_batches import micro_batches, seen
+from jaxreg.batch.micro_batches import micro_batches
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.batch.totals import is_part
 from jaxreg.core import part_sums
 from jaxreg.core.aggregate import refuse_nonfinite
-from jaxreg.core.bind import bind_ask, bind_forward, bind_terms, check_argument
+from jaxreg.core.bind import bind_ask, bind_terms, check_argument
 from jaxreg.core.gradients import as_held
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.output import CustomLossOutput
+from jaxreg.core.over_parts import bound_part, over_parts, states_of, sums_of, varying, with_states
 from jaxreg.core.part_sums import Sums, Want
 from jaxreg.core.parted import kinds_of
 from jaxreg.core.passes import Ask, Pass
 from jaxreg.core.plan import Leaves, Plan
-from jaxreg.core.pullback import run_forward
-from jaxreg.core.spec import remembers
 from jaxreg.core.state import none_if_empty
 from jaxreg.core.step import report
 
@@ -171,13 +170,13 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
                 "axis_name=: compose with GradNorms(per_datum=False)"
             )
         given = x
-        x, parts = _varying((x, parts), axis_name)
+        x, parts = varying((x, parts), axis_name)
         if key is not None and axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
         def measured(ask: Ask) -> Pass:
-            want = _want(plan, leaves, ask)._replace(filled=_filled(parts, batch))
-            return _over_parts(plan, leaves, x, parts, state, key, want, axis_name)
+            want = _want(plan, leaves, ask)._replace(filled=_filled(parts, batch), scanned=True)
+            return over_parts(plan, leaves, x, parts, state, key, want, axis_name)
 
         done = measured(ask) if ask.held is None else _now_and_then(measured, ask)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
@@ -188,60 +187,6 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
         return (out.loss_total, out), done.gradient
 
     return accumulated
-
-
-def _over_parts(
-    plan: Plan,
-    leaves: Leaves,
-    x: PyTree,
-    parts: PyTree,
-    state: PyTree,
-    key: Array | None,
-    want: Want,
-    axis_name: Any,
-) -> Pass:
-    count = len(jax.tree.leaves(parts)[0])
-
-    def one(part: PyTree, i: Array, states: PyTree) -> tuple[Sums, PyTree]:
-        own = None if key is None else jax.random.fold_in(key, i)
-        return _one(plan, leaves, x, part, _with_states(state, states), own, want)
-
-    def following(sums: Sums, at: tuple[PyTree, Array]) -> tuple[Sums, PyTree]:
-        here, beside = one(*at, sums.states)
-        return _varying(part_sums.added(sums, here, want), axis_name), beside
-
-    states = _states(plan, leaves, state)
-    numbers = jnp.arange(count)
-    like, _ = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], (parts, numbers)), states)
-    first = _varying(part_sums.nothing(like, want)._replace(states=states), axis_name)
-    sums, (aux, per_datum) = lax.scan(following, first, (parts, numbers))
-    if axis_name is not None:
-        sums = part_sums.over_devices(sums, want, axis_name)
-    if per_datum is not None:
-        packed = isinstance(parts, TokenBatch) and parts.segment_ids is not None
-        # A datum has its tokens in one part, and 0 in the others.
-        per_datum = [jnp.max(own, axis=0) if packed else own.reshape(-1) for own in per_datum]
-    terms = bind_terms(plan, leaves, jax.tree.map(lambda leaf: leaf[0], parts), state, key, x)
-    return part_sums.finished(terms, sums, x, want, per_datum)._replace(aux=aux)
-
-
-def _one(
-    plan: Plan,
-    leaves: Leaves,
-    x: PyTree,
-    part: PyTree,
-    state: PyTree,
-    key: Array | None,
-    want: Want,
-) -> tuple[Sums, PyTree]:
-    """One part's sums, and what forward returned beside its outputs, and norms a datum."""
-    terms = bind_terms(plan, leaves, part, state, key, x)
-    if isinstance(part, TokenBatch):
-        want = want._replace(ask=want.ask._replace(segments=part.segments))
-    model = run_forward(bind_forward(plan, leaves, part, key), x)
-    sums, per_datum = part_sums.of_part(terms, model, x, want)
-    own, whole = seen(part)
-    return sums._replace(seen=own, whole=whole), (model.aux, per_datum)
 
 
 def _now_and_then(measured: Callable[[Ask], Pass], ask: Ask) -> Pass:
@@ -265,8 +210,9 @@ def _add(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, ke
     sums, part = batch
     check_argument(plan, x)
     want = _want(plan, leaves, bind_ask(plan, leaves, state, key)._replace(held=None))
-    states = _states(plan, leaves, state) if sums is None else sums.states
-    here, _ = _one(plan, leaves, x, part, _with_states(state, states), key, want)
+    states = states_of(plan, leaves, state) if sums is None else sums.states
+    terms, model = bound_part(plan, leaves, x, part, with_states(state, states), key)
+    here, _ = sums_of(terms, model, x, part, want)
     return here if sums is None else part_sums.added(sums, here, want)
 
 
@@ -286,18 +232,6 @@ def _want(plan: Plan, leaves: Leaves, ask: Ask) -> Want:
     return Want(ask, plan.names, plan.model is None, [kinds_of(fn) for fn in plan.fns(leaves)])
 
 
-def _states(plan: Plan, leaves: Leaves, state: PyTree) -> dict[str, PyTree]:
-    """The states that go from part to part: of terms whose own call moves them."""
-    if not isinstance(state, Mapping) or "terms" not in state:
-        return {}
-    fns = dict(zip(plan.names, plan.fns(leaves), strict=True))
-    return {name: own for name, own in state["terms"].items() if not remembers(fns[name])}
-
-
-def _with_states(state: PyTree, states: PyTree) -> PyTree:
-    return {**state, "terms": {**state["terms"], **states}} if states else state
-
-
 def _rows_of(by_term: list[Array | None], batch: PyTree) -> list[Array | None]:
     """Norms a datum of the rows that there were, without those that filled up the last part."""
     count = batch.datums if isinstance(batch, TokenBatch) else _count_rows(batch)
@@ -312,26 +246,6 @@ def _filled(parts: PyTree, batch: PyTree) -> float:
 
 def _count_rows(batch: PyTree) -> int:
     return batch.shape[0] if isinstance(batch, TokenBatch) else len(jax.tree.leaves(batch)[0])
-
-
-def _varying(tree: PyTree, axis_name: Any) -> PyTree:
-    """The tree as each device's own, so that a gradient is no sum over devices before it is to be one."""
-    if axis_name is None:
-        return tree
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-
-    def vary(leaf: Any) -> Any:
-        missing = tuple(name for name in names if name not in _varies_over(leaf))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree)
-
-
-def _varies_over(leaf: Any) -> Any:
-    """The axes over whose devices a value differs, as far as they are tracked."""
-    kind = jax.typeof(leaf)
-    tracked = getattr(kind, "manual_axis_type", None)  # since jax 0.10, before it `vma`
-    return getattr(kind, "vma", ()) if tracked is None else tracked.varying
 
 
 def _finite(objective: CompositeLoss, done: Result) -> Result:

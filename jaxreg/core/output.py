@@ -99,7 +99,8 @@ class CustomLossOutput:
         is a KeyError with the nearest one.
       regularizer_total: ``Σ weightᵢ·valueᵢ``.
       total_grad_norm: L2 norm of the whole objective's gradient in the tracked space, or None.
-      state: the state for the next step (empty where nothing needs one).
+      state: the state for the next step. Empty where nothing needs one, and of a part of a batch where rules
+        or terms that remember go by the whole's numbers: `accumulate` and `merge_outputs` give it.
       aux: what ``forward`` returned beside its outputs, with ``compose(..., has_aux=True)``, or None.
       gramian: [K, K], the inner products of the terms' weighted gradients in the tracked space, the base loss
         first, with ``GradNorms(gramian=True)`` or an aggregator, or None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ from jax import lax
 
 from jaxreg.base.kinds import MetricKind
 from jaxreg.base.norm import absolutes, l2_norm
-from jaxreg.base.numbers import accumulation_dtype, log_limit, safe_root
+from jaxreg.base.numbers import accumulation_dtype, safe_root
 from jaxreg.base.paths import select_leaves
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core.gramian import gramian, products_of_trees
 from jaxreg.core.in_outputs import in_outputs, outputs_gramian
 from jaxreg.core.norms import GradNorms
+from jaxreg.core.part_metrics import ADDED, divisor, merged, over_axis, root_of_squares, whole_metrics
 from jaxreg.core.passes import Ask, BoundTerm, Norms, Pass, members, total_of
 from jaxreg.core.pullback import Model, pull_rows
 from jaxreg.core.sums import scales_of, weighted_sum, with_params_terms
@@ -48,15 +50,20 @@ class Want(NamedTuple):
     names: tuple[str, ...]  # of the terms, the base loss first
     shared: bool  # whether x is the parts' own outputs (False) or what all of them share (True: no model)
     kinds: list[Mapping[str, MetricKind]]
-    filled: float = (
-        1.0  # how many rows all parts have, with those that fill up the last, for one of the whole
-    )
+    filled: float = 1.0  # how many rows all parts have, with what fills up the last, for one of the whole
+    scanned: bool = False  # whether all parts are at hand, so that they can be gone through again
+
+    @property
+    def twice(self) -> bool:
+        """Whether a first pass finds the Gramian, and a second one pulls the combination back."""
+        return self.scanned and self.ask.combines("outputs") and not (self.shared or self.ask.in_params)
 
     @property
     def rows(self) -> bool:
         """Whether every term's own gradient is to be held."""
         measures = self.ask.norms is not None or self.ask.combine is not None
-        return measures and (self.ask.in_params or self.ask.combine is not None or self.shared)
+        combines = self.ask.combine is not None and not self.twice
+        return measures and (self.ask.in_params or combines or self.shared)
 
     @property
     def outputs_gramian(self) -> bool:
@@ -70,22 +77,39 @@ def of_part(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> 
     """One part's own sums, and its norms a datum, where they are wanted."""
     if want.rows:
         return _with_rows(terms, model, x, want), None
-    if want.ask.norms is not None:
-        done = in_outputs(terms, model, x, want.ask)
+    if want.ask.norms is not None or want.twice:
+        norms = want.ask.norms or GradNorms()
+        if want.twice:
+            norms = dataclasses.replace(norms, gramian=True)
+        done = in_outputs(terms, model, x, want.ask._replace(norms=norms, combine=None))
         assert done.norms is not None
         own = members([term.on_params for term in terms], "outputs")
         found = [done.norms.terms[i] for i in own]
-        sizes = [done.norms.absolutes[i] for i in own] if want.ask.norms.absolutes else None
+        sizes = [done.norms.absolutes[i] for i in own] if norms.absolutes else None
         sums = plain(done.values, done.extras, want)._replace(
-            gradient=_wide(done.gradient),
+            gradient=None if want.twice else _wide(done.gradient),
             norms=found,  # type: ignore[arg-type]
             total=done.norms.total,
             absolutes=sizes,  # type: ignore[arg-type]
             gramian=done.norms.gramian,
         )
-        return sums, [done.norms.per_datum[i] for i in own] if want.ask.norms.per_datum else None
+        return sums, [done.norms.per_datum[i] for i in own] if norms.per_datum else None
     values, extras, gradient = _total_gradient(terms, model, x)
     return plain(values, extras, want)._replace(gradient=_wide(gradient)), None
+
+
+def of_combined_part(
+    terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want, coefficients: Array
+) -> Sums:
+    """What one part adds to the gradient, now that an aggregator has said how the terms' are combined."""
+    _, extras, gradients = term_gradients(terms, model.outputs, x)
+    own = _members(terms, "outputs")
+    scales = scales_of(terms, own, coefficients)
+    cotangent = weighted_sum([scales[i] for i in own], [gradients[i] for i in own], model.outputs)
+    gradient = with_params_terms(model.pull(cotangent), terms, scales, gradients)
+    states = _moved(extras, want)
+    total = l2_norm(jax.tree.leaves(cotangent))
+    return Sums([], [{} for _ in want.kinds], states, gradient=_wide(gradient), total=total)
 
 
 def _total_gradient(
@@ -108,12 +132,16 @@ def _total_gradient(
 def plain(values: list[Array], extras: list[Any], want: Want) -> Sums:
     """What one part adds, but for gradients: the values, and the metrics whose kind is known."""
     metrics = [
-        {n: metric for n, metric in extra[0].items() if kinds.get(n) in _ADDED}
+        {n: metric for n, metric in extra[0].items() if kinds.get(n) in ADDED}
         for extra, kinds in zip(extras, want.kinds, strict=True)
     ]
+    return Sums(list(values), metrics, _moved(extras, want), parts=jnp.ones((), jnp.int32))
+
+
+def _moved(extras: list[Any], want: Want) -> dict[str, PyTree]:
+    """The states that terms gave."""
     named = zip(want.names, extras, strict=True)
-    states = {name: extra[1] for name, extra in named if extra[1] is not None}
-    return Sums(list(values), metrics, states, parts=jnp.ones((), jnp.int32))
+    return {name: extra[1] for name, extra in named if extra[1] is not None}
 
 
 def _with_rows(terms: Sequence[BoundTerm], model: Model, x: PyTree, want: Want) -> Sums:
@@ -160,9 +188,6 @@ def _chosen(x: PyTree, want: Want) -> list[bool]:
     return list(select_leaves(x, want.ask.norms.params, "GradNorms(params=...)"))
 
 
-_ADDED = ("sum", "max", "min", "root", "same")
-
-
 def nothing(like: Sums, want: Want) -> Sums:
     """What sums begin with, of the shapes of one part's."""
     zeros: Sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
@@ -186,8 +211,10 @@ def added(a: Sums, b: Sums, want: Want) -> Sums:
         states=b.states,
         gradient=_add(a.gradient, b.gradient),
         rows=_add(a.rows, b.rows),
-        norms=None if a.norms is None else [_root(m, n) for m, n in zip(a.norms, b.norms or (), strict=True)],
-        total=None if a.total is None or b.total is None else _root(a.total, b.total),
+        norms=None
+        if a.norms is None
+        else [root_of_squares(m, n) for m, n in zip(a.norms, b.norms or (), strict=True)],
+        total=None if a.total is None or b.total is None else root_of_squares(a.total, b.total),
         absolutes=None
         if a.absolutes is None
         else [
@@ -204,7 +231,7 @@ def added(a: Sums, b: Sums, want: Want) -> Sums:
 def over_devices(sums: Sums, want: Want, axis_name: Any) -> Sums:
     """The sums of all devices of a mesh axis."""
     metrics = [
-        {n: _over(m, kinds.get(n), axis_name) for n, m in own.items()}
+        {n: over_axis(m, kinds.get(n), axis_name) for n, m in own.items()}
         for own, kinds in zip(sums.metrics, want.kinds, strict=True)
     ]
     added_up = (sums.values, sums.gradient, sums.rows, sums.gramian, sums.parts, sums.seen)
@@ -215,11 +242,11 @@ def over_devices(sums: Sums, want: Want, axis_name: Any) -> Sums:
     return Sums(
         values=values,
         metrics=metrics,
-        states=jax.tree.map(lambda leaf: _over(leaf, "same", axis_name), sums.states),
+        states=sums.states,
         gradient=gradient,
         rows=rows,
-        norms=None if sums.norms is None else [_over(n, "root", axis_name) for n in sums.norms],
-        total=None if sums.total is None else _over(sums.total, "root", axis_name),
+        norms=None if sums.norms is None else [over_axis(n, "root", axis_name) for n in sums.norms],
+        total=None if sums.total is None else over_axis(sums.total, "root", axis_name),
         absolutes=sizes,
         gramian=gram,
         parts=parts,
@@ -306,7 +333,7 @@ def _outputs_norms(terms: Sequence[BoundTerm], sums: Sums, want: Want, per_datum
 
 def _combined_length(gram: Array, coefficients: Array) -> Array:
     """The length of the combination of gradients whose Gramian this is, which no part has by itself."""
-    size = _divisor(jnp.max(jnp.abs(jnp.diagonal(gram))))
+    size = divisor(jnp.max(jnp.abs(jnp.diagonal(gram))))
     square = jnp.sum(coefficients[:, None] * coefficients[None, :] * (gram / size))
     return jnp.sqrt(size) * safe_root(jnp.maximum(square, 0))
 
@@ -317,65 +344,6 @@ def _in_place(chosen_leaves: Any, others: Any, like: list[Array], chosen: list[b
         (next(first) if yes else next(rest)).astype(jnp.result_type(leaf))
         for leaf, yes in zip(like, chosen, strict=True)
     ]
-
-
-def whole_metrics(own: Mapping[str, Array], kinds: Mapping[str, MetricKind]) -> dict[str, Array]:
-    """The whole's metrics: those that were added up, and those that are functions of one of them."""
-    found = {name: _unsigned(metric, kinds.get(name)) for name, metric in own.items()}
-    for name, kind in kinds.items():
-        if isinstance(kind, tuple) and kind[0] == "exp" and kind[1] in found:
-            nats = found[kind[1]]
-            held = jnp.exp(jnp.minimum(nats, log_limit(nats.dtype)))
-            found[name] = jnp.where(jnp.isposinf(nats), jnp.inf, held)
-    return found
-
-
-def merged(a: Array, b: Array, kind: MetricKind) -> Array:
-    """A metric of two parts, by its kind."""
-    if kind == "max":
-        return jnp.maximum(a, b)
-    if kind == "min":
-        return jnp.minimum(a, b)
-    if kind == "root":
-        return _root(a, b)
-    return b if kind == "same" else a + b
-
-
-def _over(metric: Array, kind: MetricKind, axis_name: Any) -> Array:
-    if kind == "min":
-        return lax.pmin(metric, axis_name)
-    if kind in ("max", "same"):
-        return lax.pmax(metric, axis_name)
-    if kind != "root":
-        return lax.psum(metric, axis_name)
-    size = _divisor(lax.pmax(jnp.abs(metric), axis_name))
-    return size * _signed_root(lax.psum(_signed_square(metric / size), axis_name))
-
-
-def _unsigned(metric: Array, kind: MetricKind) -> Array:
-    """As of a whole batch: the largest of nothing is 0, and the root of a negative number NaN."""
-    if kind == "root":
-        return jnp.where(metric < 0, jnp.nan, metric)
-    nothing = jnp.isneginf(metric) if kind == "max" else jnp.isposinf(metric)
-    return jnp.where(nothing, 0, metric) if kind in ("max", "min") else metric
-
-
-def _root(a: Array, b: Array) -> Array:
-    """√(a² + b²) at any scale; below 0, where a mean under negative weights is, the root keeps the sign."""
-    size = _divisor(jnp.maximum(jnp.abs(a), jnp.abs(b)))
-    return size * _signed_root(_signed_square(a / size) + _signed_square(b / size))
-
-
-def _divisor(size: Array) -> Array:
-    return jnp.where((size > 0) & (size < jnp.inf), size, jnp.ones_like(size))
-
-
-def _signed_square(x: Array) -> Array:
-    return x * jnp.abs(x)
-
-
-def _signed_root(x: Array) -> Array:
-    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:

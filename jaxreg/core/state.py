@@ -24,7 +24,8 @@ from jaxreg.core.spec import remembers, requested_arguments
 VERSION = 1  # of a state's structure; a state of 0.2.0 has none
 
 REMEDY = (
-    "pass state=objective.init() first and state=out.state from then on (objective is what compose returns)"
+    "pass state=objective.init() first and state=out.state from then on (objective is what compose returns, "
+    "and out the report on a whole batch)"
 )
 
 

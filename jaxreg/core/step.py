@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxreg.base.shown import called
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.totals import is_part
 from jaxreg.core.aggregate import not_differentiable
@@ -18,6 +19,7 @@ from jaxreg.core.parted import approximate_terms
 from jaxreg.core.passes import Ask, BoundTerm, Pass, members, weighted
 from jaxreg.core.plan import Leaves, Plan
 from jaxreg.core.rules import moved_weights
+from jaxreg.core.spec import remembers
 from jaxreg.core.state import next_state, remembered
 
 
@@ -29,6 +31,7 @@ def call(
     terms = bind_terms(plan, leaves, batch, state, key, x)
     done = evaluate(terms, bind_forward(plan, leaves, batch, key), x)
     out = report(plan, leaves, terms, done, state, Ask(), x, is_part(batch))
+    out = _own_state(plan, leaves, batch, out)
     return out.loss_total, out
 
 
@@ -37,11 +40,25 @@ def value_and_grad(
 ) -> tuple[tuple[Array, CustomLossOutput], PyTree]:
     """``((loss_total, report), gradient)``."""
     check_argument(plan, x)
+    if plan.aggregator is not None and is_part(batch):
+        raise ValueError(
+            f"aggregator {called(plan.combiner(leaves))}: the batch is a part of one (batch.totals), and how "
+            f"gradients are combined goes by those of all parts: use jaxreg.accumulate (axis_name= inside "
+            f"shard_map), or send one batch in several requests, requests=n"
+        )
     terms = bind_terms(plan, leaves, batch, state, key, x)
     ask = bind_ask(plan, leaves, state, key, batch)
     done = differentiate(terms, bind_forward(plan, leaves, batch, key), x, ask)
     out = report(plan, leaves, terms, done, state, ask, x, is_part(batch))
+    out = _own_state(plan, leaves, batch, out)
     return (out.loss_total, out), done.gradient
+
+
+def _own_state(plan: Plan, leaves: Leaves, batch: PyTree, out: CustomLossOutput) -> CustomLossOutput:
+    """The report; of a part, without a next state where that goes by the numbers of the whole batch."""
+    if is_part(batch) and (plan.weighting is not None or any(map(remembers, plan.fns(leaves)))):
+        return out.replace(state={})  # type: ignore[attr-defined, no-any-return]
+    return out
 
 
 def report(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxreg.base.kinds import KINDS
 from jaxreg.base.types import Array
 from jaxreg.batch.token_batch import TokenBatch
-from jaxreg.core.part_sums import merged, whole_metrics
+from jaxreg.core.part_metrics import merged, whole_metrics
 from jaxreg.core.parted import kinds_of
 from jaxreg.testing.subject import Answer, Subject, close
 

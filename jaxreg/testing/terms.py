@@ -12,7 +12,7 @@ from jaxreg.base.types import PyTree, TermFn
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.core.spec import check_term as check_signature
 from jaxreg.core.spec import requested_arguments
-from jaxreg.testing import checks_parts, checks_ranges, checks_tokens, checks_values
+from jaxreg.testing import checks_packed, checks_parts, checks_ranges, checks_tokens, checks_values
 from jaxreg.testing.subject import Subject
 
 
@@ -40,7 +40,8 @@ def check_term(
     ``jit`` and ``vmap``; the gradient agrees with numerical differences in float64. Where the batch is a
     `TokenBatch` and x has its shape: padding gets exactly no gradient, and whatever stands there, wherever
     and however much of it there is, changes nothing; nor do tokens and datums of weight 0, nor the order of
-    the datums; and where x and an array of the batch differ by ±100 all stays finite. Of any other x: at
+    the datums; and where x and an array of the batch differ by ±100 all stays finite. Where rows hold
+    several datums (``pack(rows="packed")``), they give what a row a datum gives. Of any other x: at
     1e-18 and 1e18 times x value and gradient are right wherever float32 can hold them.
 
     Args:
@@ -90,6 +91,10 @@ def check_term(
     of_tokens = isinstance(batch, TokenBatch) and isinstance(x, jax.Array) and x.shape[:2] == batch.shape
 
     problems = list(checks_values.finite_numbers(term))
+    if not problems and of_tokens and batch.segments is not None:
+        apart = checks_packed.with_loose_rows(term, batch.segments)
+        problems += checks_packed.packed_rows(term, apart, batch.segments)
+        term = apart
     if not problems:  # without finite numbers the rest says nothing
         problems += checks_values.transformations(term)
         if gradients:

@@ -9,7 +9,7 @@ from prepared import REDUCTIONS, prepared
 
 import jaxreg as jr
 from jaxreg.base.kinds import KINDS
-from jaxreg.core.part_sums import merged, whole_metrics
+from jaxreg.core.part_metrics import merged, whole_metrics
 
 B, T = 6, 5
 

@@ -188,3 +188,20 @@ def test_packed_rows_accumulate():
     want = objective.value_and_grad(jnp.float32(2.0), rows)
     got = jr.accumulate(objective, jnp.float32(2.0), rows, steps=2)
     chex.assert_trees_all_close(got, want, rtol=1e-5)
+
+
+def test_check_term_tries_rows_that_hold_several_datums():
+    rng = np.random.default_rng(0)
+    data = [{"x": -rng.uniform(0.1, 2, n), "reward": rng.normal()} for n in (5, 3, 2, 4)]
+    batch = jr.TokenBatch.pack(data, rows="packed")
+    jr.testing.check_term(jr.regularizers.L2(reduction="datum_mean"), batch["x"], batch, additive=True)
+
+    def by_row(x, batch):
+        return batch.mean(jnp.sum(batch.where(x), axis=1, keepdims=True) * batch.mask)
+
+    with pytest.raises(
+        jr.testing.TermCheckError, match="rows may hold several datums: .* by its segment_ids"
+    ):
+        jr.testing.check_term(by_row, batch["x"], batch)
+    with pytest.raises(ValueError, match=r"or \[N\] = \(4,\) with .* got {'adv': \(3,\)}"):
+        batch.with_arrays(adv=np.ones(3))

@@ -80,6 +80,10 @@ ASKED = {
     "outputs": {"track_grad_norms": G(wrt="outputs", gramian=True, absolutes=True, per_datum=True)},
     "params": {"track_grad_norms": G(gramian=True, absolutes=True)},
     "a filter, in chunks": {"track_grad_norms": G(params="head", gramian=True, chunk_size=2)},
+    "outputs combined": {
+        "aggregator": BySize(),
+        "track_grad_norms": G(wrt="outputs", absolutes=True, per_datum=True),
+    },
     "outputs combined, params measured": {"aggregator": BySize(), "track_grad_norms": True},
     "params combined": {"aggregator": BySize("params"), "track_grad_norms": G(gramian=True)},
 }
@@ -118,10 +122,13 @@ def test_a_python_loop_gives_the_same(asked):
 
 @pytest.mark.parametrize(
     ("asked", "check_vma"),
-    [("no norms", False), ("outputs", True), ("params", False), ("params combined", True)],
+    [("no norms", False), ("outputs", True), ("params", False), ("outputs combined", True)],
 )
 def test_over_eight_devices_it_is_the_whole_batchs(asked, check_vma):
-    objective = objective_of(**ASKED[asked])
+    more = dict(ASKED[asked])
+    if asked.startswith("outputs"):  # what it gives a datum is each device's own
+        more["track_grad_norms"] = dataclasses.replace(more["track_grad_norms"], per_datum=False)
+    objective = objective_of(**more)
     x, batch = params(), batch_of(rows=16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -129,8 +136,6 @@ def test_over_eight_devices_it_is_the_whole_batchs(asked, check_vma):
         return jr.accumulate(objective, x, batch, steps=2, axis_name="data")
 
     sharded = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
-    if asked == "outputs":  # what it gives a datum is each device's own
-        objective = objective_of(track_grad_norms=G(wrt="outputs", gramian=True, absolutes=True))
     want = objective.value_and_grad(x, batch)
     agree(jax.jit(sharded)(x, batch), want, rtol=2e-5, atol=2e-6)
 
@@ -338,12 +343,75 @@ def test_random_composites_are_whole(drawn):
         agree(jr.accumulate(objective, x, batch, steps=steps), want, rtol=1e-9, atol=1e-10)
 
 
-def test_norms_a_datum_are_no_whole_over_devices():
-    objective = objective_of(**ASKED["outputs"])
+class Counter:
+    """A term whose own call moves its state."""
+
+    def init(self):
+        return jnp.zeros((), jnp.int32)
+
+    def __call__(self, x, batch, *, state):
+        return batch.sum(x), {}, state + 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: objective_of(**ASKED["outputs"]), "norms a datum are of the device's own rows"),
+        (
+            lambda: jr.compose(
+                jr.losses.CrossEntropy(inputs="logits"),
+                [dict(name="counter", fn=Counter(), weight=1.0, additive=True)],
+                forward=forward,
+            ),
+            r"term 'counter': its own call moves its state, on each device .* method remember\(",
+        ),
+    ],
+)
+def test_what_is_no_whole_over_devices_is_refused(make, message):
+    objective = make()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
 
     def own(x, batch):
-        return jr.accumulate(objective, x, batch, steps=1, axis_name="data")
+        return jr.accumulate(objective, x, batch, steps=1, state=objective.init(), axis_name="data")
 
-    with pytest.raises(ValueError, match="norms a datum are of the device's own rows"):
+    with pytest.raises(ValueError, match=message):
         jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())(params(), batch_of())
+
+
+def test_a_part_by_itself_moves_nothing_that_goes_by_the_whole():
+    part, _ = jr.TokenBatch.pack([{"x": [1.0, 2.0]}, {"x": [3.0]}]).split(2)
+    x = part["x"]
+    terms = [dict(name="l2", fn=jr.regularizers.L2(), weight=0.1)]
+    faded = jr.compose(jr.losses.CrossEntropy(), [terms[0] | {"weight": lambda step: 1.0 / (1 + step)}])
+    (_, out), _ = faded.value_and_grad(-x, part, state=faded.init())
+    assert out.state["step"] == 1
+    scaled = [dict(name="l2", fn=jr.memory.RunningScale(term=jr.regularizers.L2()), weight=0.1)]
+    ruled = jr.compose(
+        jr.losses.CrossEntropy(),
+        terms,
+        track_grad_norms=True,
+        weighting=jr.weighting.gradient_share("l2", share=0.2),
+    )
+    for objective in (ruled, jr.compose(jr.losses.CrossEntropy(), scaled)):
+        (_, out), _ = objective.value_and_grad(-x, part, state=objective.init())
+        assert out.state == {}
+        with pytest.raises(ValueError, match="term 'l2': .* out the report on a whole batch"):
+            objective.value_and_grad(-x, part, state=out.state)
+    combined = jr.compose(jr.losses.CrossEntropy(), terms, aggregator=BySize())
+    with pytest.raises(
+        ValueError, match=r"aggregator BySize\(\): the batch is a part of one .*jaxreg.accumulate"
+    ):
+        combined.value_and_grad(-x, part)
+
+
+def test_an_aggregator_at_the_outputs_takes_the_memory_of_one_gradient():
+    """Its second pass pulls one combination back, so that no term's own gradient is held."""
+    x, batch = {"body": jnp.ones((D, 2000)), "head": jnp.ones((2000, V))}, batch_of()
+
+    def held(**more):
+        take = jax.jit(lambda x, b: jr.accumulate(objective_of(**more), x, b, steps=4)[1])
+        return take.lower(x, batch).compile().memory_analysis().temp_size_in_bytes
+
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(x))
+    assert held(aggregator=BySize()) < held() + size / 2
+    assert held(aggregator=BySize("params")) > held() + 3 * size
