@@ -105,9 +105,13 @@ def _in_three_ranges(keep_leading: bool, parts: tuple[Array, ...]) -> Array:
     limit = jnp.finfo(parts[0].dtype).maxexp  # 128
     shift = 5 * limit // 8
 
+    def scaled(part: Array, up: Array) -> Array:
+        # Of a broadcast number XLA takes (g·2ᵏ)² for g²·2²ᵏ, which may be 0·∞; not through a maximum.
+        return jnp.maximum(jnp.abs(part) * up, 0)
+
     def root(exponent: int) -> tuple[Array, Array]:
         up, down = (jnp.asarray(2.0**e, parts[0].dtype) for e in (exponent, -exponent))
-        total = sum(_sum(jnp.square(part * up), keep_leading) for part in parts)
+        total = sum(_sum(jnp.square(scaled(part, up)), keep_leading) for part in parts)
         return jnp.asarray(total), jnp.sqrt(jnp.asarray(total)) * down
 
     (squares, plain), (_, large), (_, small) = root(0), root(-shift), root(shift)

@@ -71,7 +71,7 @@ def made(
         "arrays": given,
         "lengths": summed(real.astype(jnp.int32), segments),
     }
-    return fields if segments is None else fields | {"segment_ids": segments.ids}
+    return fields if segments is None else fields | {"segment_ids": segments.ids, "room": segments.number}
 
 
 def misfits(

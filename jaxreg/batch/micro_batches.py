@@ -34,9 +34,7 @@ def micro_batches(
     if isinstance(batch, TokenBatch):
         if axis_name is not None and batch.totals is None:
             batch = batch.with_totals(axis_name=axis_name, reweighted=reweighted)
-        if batch.segments is not None:
-            rows_together = 1  # what belongs together stands in one row
-        elif batch.pairs is not None and rows_together % 2:
+        if batch.segments is None and batch.pairs is not None and rows_together % 2:
             rows_together *= 2
         return batch.stacked_parts(n, rows_together=rows_together, reweighted=reweighted)
     if not isinstance(batch, Mapping) or not batch:
@@ -46,6 +44,11 @@ def micro_batches(
         )
     arrays = dict(batch)
     given = taken_totals(arrays)
+    if (named := list(reweighted)) and given is None and not arrays.keys() & {"mask", "weights"}:
+        raise ValueError(
+            f"accumulate: a term multiplies weights by {named[0]!r}, and the batch has neither 'mask' nor "
+            f"'weights': give it a mask, of the real tokens"
+        )
     rows = _rows(arrays)
     each = rows_a_part(rows, n, rows_together, "accumulate")
     totals = _totals(arrays, reweighted, axis_name) if given is None else given
@@ -63,12 +66,13 @@ def micro_batches(
 
 
 def seen(part: PyTree) -> tuple[Array, Array]:
-    """How many datums that count are in a part, and in the whole; or 1, and the number of equal parts."""
+    """Datums that count and real tokens, [2], of a part, and of the whole; or 1 and the number of parts."""
     totals = part["totals"]
     if isinstance(totals, EqualParts):
-        return jnp.ones((), jnp.int32), jnp.asarray(totals.count, jnp.int32)
+        return jnp.ones(2, jnp.int32), jnp.full(2, totals.count, jnp.int32)
     own = part.own_totals() if isinstance(part, TokenBatch) else _own(part)
-    return jnp.asarray(own.datums, jnp.int32), jnp.asarray(totals.datums, jnp.int32)
+    counts = [jnp.stack([jnp.asarray(t.datums), jnp.asarray(t.tokens)]) for t in (own, totals)]
+    return counts[0].astype(jnp.int32), counts[1].astype(jnp.int32)
 
 
 def _rows(arrays: Mapping[str, Any]) -> int:

@@ -87,7 +87,7 @@ def in_rows(
     names = {f"array {name}": np.asarray(array) for name, array in loose.arrays.items()}
     made, ids = packed_rows(held | names, lengths, bins, (padded(bucket_rows, bins.rows), length))
     arrays = {name: made.pop(f"array {name}") for name in loose.arrays}
-    return made | {"arrays": arrays, "lengths": lengths, "segment_ids": ids}
+    return made | {"arrays": arrays, "lengths": lengths, "segment_ids": ids, "room": len(lengths)}
 
 
 def _as_jax(array: np.ndarray) -> np.ndarray:

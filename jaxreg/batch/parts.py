@@ -115,6 +115,9 @@ class Parts(Reductions):
         rows = self.shape[0]
         loose_pairs = self.pairs is not None and self.segments is None
         together = rows_together or (2 if loose_pairs else 1)
+        if self.segments is not None:
+            check_together(self, rows_together or (1 if self.pairs is None else 2), n)
+            together = 1  # what belongs together stands in one row
         each = rows_a_part(rows, n, together, "split")
         totals = self.own_totals(reweighted) if self.totals is None else self.totals
         whole = self.replace(totals=None)
@@ -139,6 +142,7 @@ class Parts(Reductions):
         if self.segments is not None and factor.ndim == 1:
             factor = self.spread(factor)
         factor = factor.reshape(factor.shape + (1,) * (jnp.ndim(self.weights) - factor.ndim))
+        factor = jnp.where(self.weights != 0, factor, jnp.zeros((), factor.dtype))  # whatever stands there
         totals = None if self.totals is None else self.totals.under(name)
         return self.replace(weights=token_weights(self.weights * factor, self.mask), totals=totals)
 
@@ -160,7 +164,6 @@ class Parts(Reductions):
 
 def _cut(batch: Any, n: int, each: int) -> Any:
     """Rows of several datums in n parts; each keeps what is of datums, [N], though they be elsewhere."""
-    check_pairs_in_parts(batch, n, each)
     of_datums = {name: array for name, array in batch.arrays.items() if jnp.ndim(array) == 1}
     of_tokens = {name: array for name, array in batch.arrays.items() if jnp.ndim(array) > 1}
     fields = {name: getattr(batch, name) for name in ("mask", "weights", "segment_ids", "present")}
@@ -176,17 +179,25 @@ def _cut(batch: Any, n: int, each: int) -> Any:
     )
 
 
-def check_pairs_in_parts(batch: Any, n: int, each: int) -> None:
-    """Refuse parts that would hold one answer of a pair and not the other, where numbers can be told."""
-    if batch.pairs is None or any(isinstance(a, jax.core.Tracer) for a in (batch.pairs, batch.segment_ids)):
+def check_together(batch: Any, together: int, n: int) -> None:
+    """Refuse n parts that would hold one datum of a group and not the others, where numbers can be told.
+
+    Args:
+      batch: a batch whose rows hold several datums; of any other, rows stay together by themselves.
+      together: how many datums in a row belong together: 2 for pairs.
+      n: how many parts.
+    """
+    if together == 1 or batch.segment_ids is None or isinstance(batch.segment_ids, jax.core.Tracer):
         return
-    ids, pairs = np.asarray(batch.segment_ids), np.asarray(batch.pairs)
-    part = np.zeros(batch.datums + 1, np.int64)
+    ids = np.asarray(batch.segment_ids)
+    each = -(-len(ids) // n)
+    part = np.full(batch.datums + 1, -1)
     part[ids] = (np.arange(len(ids)) // each)[:, None]
-    of_datum = part[1:]
-    for i in range(0, len(pairs) - 1, 2):
-        if pairs[i] and of_datum[i] != of_datum[i + 1]:
+    groups = part[1:][: batch.datums // together * together].reshape(-1, together)
+    for i, group in enumerate(groups):
+        if len(places := {int(at) for at in group if at >= 0}) > 1:
             raise ValueError(
-                f"split: pair {i // 2} would be parted, its answers are in parts {of_datum[i]} and "
-                f"{of_datum[i + 1]}: pack pairs into one row (pack_pairs(rows='packed')), or split into fewer"
+                f"split: datums {i * together} to {(i + 1) * together - 1} belong together and would be "
+                f"parted, into the parts {sorted(places)}: pack what belongs together into one row "
+                f"(pack_pairs(rows='packed')), or split into fewer"
             )

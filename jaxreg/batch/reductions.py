@@ -11,7 +11,7 @@ from jaxreg.base.types import Array, ArrayLike
 from jaxreg.batch.counting import counted
 from jaxreg.batch.segments import Segments, any_of, largest_of, spread, summed
 from jaxreg.batch.shards import refuse_own_mean
-from jaxreg.batch.totals import Totals
+from jaxreg.batch.totals import Totals, share_of
 
 
 class Reductions:
@@ -22,6 +22,7 @@ class Reductions:
     lengths: Array
     segment_ids: Array | None  # whose each token is, where a row may hold several datums
     totals: Totals | None  # the whole's, where this is a part
+    room: int | None  # how many datums' numbers those are, where it is known
     local: bool  # whether means of one device's own tokens are meant, inside shard_map
 
     @property
@@ -38,7 +39,16 @@ class Reductions:
     @property
     def segments(self) -> Segments | None:
         """Which token is whose, where a row may hold several datums."""
-        return None if self.segment_ids is None else Segments(jnp.asarray(self.segment_ids), self.datums)
+        if self.segment_ids is None:
+            return None
+        if self.room not in (None, self.datums):
+            raise ValueError(
+                f"the rows hold several of {self.room} datums, by their numbers in segment_ids, but what is "
+                f"of datums was cut to [{self.datums}]: it belongs to all rows, so inside shard_map every "
+                f"device has all of it, by in_specs=jax.tree.map(lambda a: P('data') if a.ndim > 1 else P(), "
+                f"batch)"
+            )
+        return Segments(jnp.asarray(self.segment_ids), self.datums)
 
     @property
     def datums_counted(self) -> Array:
@@ -143,12 +153,11 @@ class Reductions:
 
     def share(self) -> Array:
         """Which share of the whole's datums that count are in this part: 1 of a batch that is whole."""
-        wide = jnp.result_type(float)
         if self.totals is None:
-            return jnp.ones((), wide)
-        own, whole = jnp.sum(self.datums_counted), jnp.asarray(self.totals.datums)
-        alike = 1 / jnp.asarray(self.totals.parts, wide)
-        return jnp.where(whole > 0, _ratio(own.astype(wide), whole.astype(wide), whole > 0), alike)
+            return jnp.ones((), jnp.result_type(float))
+        own = jnp.stack([jnp.sum(self.datums_counted), jnp.sum(jnp.asarray(self.mask, jnp.int32))])
+        whole = jnp.stack([jnp.asarray(self.totals.datums), jnp.asarray(self.totals.tokens)])
+        return share_of(own, whole, self.totals.parts)
 
     def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
         """Σ weight of the whole batch for values of this shape, and whether anything counts there."""

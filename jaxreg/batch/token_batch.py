@@ -89,6 +89,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
     segment_ids: Array | None = None
     totals: Totals | None = None
     local: bool = flax.struct.field(pytree_node=False, default=False)
+    room: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def pack(
@@ -132,12 +133,13 @@ class TokenBatch(Parts, Mapping[str, Array]):
             datum, a key that is missing somewhere, NaN, a positive logprob, an array that is not
             numeric: with the datum and the key.
         """
+        check_rows(rows)
+        of_datums = row_buckets if rows == "loose" else close_rows  # packed, the rows are fewer
         packed = pack_arrays(
-            data, bucket_function(length_buckets, "length"), bucket_function(row_buckets, "row")
+            data, bucket_function(length_buckets, "length"), bucket_function(of_datums, "row")
         )
         # NumPy arrays: whoever calls the compiled program decides where they go.
         batch = cls(*cast(Any, packed))
-        check_rows(rows)
         if rows == "packed":
             batch = cls(**in_rows(packed, bucket_function(row_buckets, "row")))
         if totals_of is None:
@@ -177,9 +179,10 @@ class TokenBatch(Parts, Mapping[str, Array]):
         if len(chosen) != len(rejected):
             raise ValueError(f"pack_pairs got {len(chosen)} chosen and {len(rejected)} rejected datums")
         data = [datum for pair in zip(chosen, rejected, strict=True) for datum in pair]
-        batch = cls.pack(data, length_buckets=length_buckets, row_buckets=row_buckets)
-        batch = batch.replace(pairs=pair_numbers(np.asarray(batch.counted), len(data)))
         check_rows(rows)
+        of_datums = row_buckets if rows == "loose" else close_rows
+        batch = cls.pack(data, length_buckets=length_buckets, row_buckets=of_datums)
+        batch = batch.replace(pairs=pair_numbers(np.asarray(batch.counted), len(data)))
         if rows == "loose":
             return batch
         lengths, more = bucket_function(length_buckets, "length"), bucket_function(row_buckets, "row")

@@ -125,6 +125,7 @@ def totals_of(
                 f"(B, T) = {mask.shape}"
             )
         factor = factor.reshape(factor.shape + (1,) * (weights.ndim - factor.ndim))
+        factor = xp.where(weights != 0, factor, xp.zeros((), factor.dtype))  # whatever stands there
         under[name] = _weighted(mask, weights * factor, rows, xp)
     plain = _weighted(mask, weights, rows, xp)
     return Totals(
@@ -135,6 +136,19 @@ def totals_of(
         parts=xp.ones((), np.int32),
         reweighted=under,
     )
+
+
+def share_of(own: Array, whole: Array, parts: Array | int) -> Array:
+    """Which share of the whole a part is: of its datums that count, or, where none does, of its real tokens.
+
+    Args:
+      own, whole: datums that count and real tokens, [2], of the part and of the whole.
+      parts: how many there are, as far as that is known; it decides where there is no real token.
+    """
+    wide = jnp.result_type(float)
+    shares = own.astype(wide) / jnp.maximum(whole, 1).astype(wide)
+    alike = 1 / jnp.asarray(parts, wide)
+    return jnp.where(whole[0] > 0, shares[0], jnp.where(whole[1] > 0, shares[1], alike))
 
 
 def is_part(batch: Any) -> bool:

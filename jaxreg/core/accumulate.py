@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxreg.base.types import Array, PyTree
 from jaxreg.batch.micro_batches import micro_batches
+from jaxreg.batch.parts import check_together
 from jaxreg.batch.token_batch import TokenBatch
 from jaxreg.batch.totals import is_part
 from jaxreg.core import part_sums
 from jaxreg.core.aggregate import refuse_nonfinite
-from jaxreg.core.bind import bind_ask, bind_terms, check_argument
+from jaxreg.core.bind import bind_ask, bind_forward, bind_terms, check_argument
 from jaxreg.core.gradients import as_held
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.output import CustomLossOutput
@@ -79,11 +82,15 @@ def accumulate(
       (3.1, 3.2)
     """
     _check(objective, x, batch)
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise TypeError(f"accumulate: steps is the number of micro-batches, a whole number; got {steps!r}")
     if steps < 1:
         raise ValueError(f"accumulate: steps is the number of micro-batches, at least 1; got {steps}")
-    done = objective._run(_program(steps, axis_name), x, batch, none_if_empty(state), key)
+    if isinstance(batch, TokenBatch) and batch.segments is not None:  # while it can be looked at
+        together = part_sums.group_of(objective.plan.fns(objective.leaves))
+        check_together(batch, 2 if together == 1 and batch.pairs is not None else together, int(steps))
+    axes = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    done = objective._run(_program(int(steps), axes), x, batch, none_if_empty(state), key)
     return _finite(objective, done)
 
 
@@ -148,6 +155,7 @@ def finish_parts(
     """
     if not isinstance(sums, Sums):
         raise TypeError(f"finish_parts takes what add_part gave, got {type(sums).__name__}")
+    _check_sums(objective.plan, sums)
     _check_all_there(sums)
     return _finite(objective, objective._run(_finish, x, sums, none_if_empty(state), key))
 
@@ -175,7 +183,8 @@ def _program(steps: int, axis_name: Any) -> Callable[..., Result]:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
         def measured(ask: Ask) -> Pass:
-            want = _want(plan, leaves, ask)._replace(filled=_filled(parts, batch), scanned=True)
+            filled = _filled(plan, leaves, x, parts, batch, key) if _measures_means(ask) else 1.0
+            want = _want(plan, leaves, ask)._replace(filled=filled, scanned=True)
             return over_parts(plan, leaves, x, parts, state, key, want, axis_name)
 
         done = measured(ask) if ask.held is None else _now_and_then(measured, ask)
@@ -209,6 +218,7 @@ def _now_and_then(measured: Callable[[Ask], Pass], ask: Ask) -> Pass:
 def _add(plan: Plan, leaves: Leaves, x: PyTree, batch: PyTree, state: PyTree, key: Array | None) -> Sums:
     sums, part = batch
     check_argument(plan, x)
+    _check_sums(plan, sums)
     want = _want(plan, leaves, bind_ask(plan, leaves, state, key)._replace(held=None))
     states = states_of(plan, leaves, state) if sums is None else sums.states
     terms, model = bound_part(plan, leaves, x, part, with_states(state, states), key)
@@ -238,10 +248,24 @@ def _rows_of(by_term: list[Array | None], batch: PyTree) -> list[Array | None]:
     return [None if own is None else own[:count] for own in by_term]
 
 
-def _filled(parts: PyTree, batch: PyTree) -> float:
-    """How many rows all parts have, for every row of the batch."""
-    leaf = next(leaf for leaf in jax.tree.leaves(parts) if jnp.ndim(leaf) > 1)
-    return leaf.shape[0] * leaf.shape[1] / _count_rows(batch)
+def _measures_means(ask: Ask) -> bool:
+    """Whether mean magnitudes are asked for, which are by how many elements there are."""
+    return ask.norms is not None and ask.norms.absolutes
+
+
+def _filled(plan: Plan, leaves: Leaves, x: PyTree, parts: PyTree, batch: PyTree, key: Array | None) -> float:
+    """How many elements the outputs of all parts have, for every one of the batch's."""
+    if plan.model is None:
+        return 1.0
+
+    def elements(batch: PyTree) -> int:
+        forward = bind_forward(plan, leaves, batch, key)
+        assert forward is not None
+        outputs = jax.eval_shape(lambda x: forward(x)[0], x)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(outputs))
+
+    count = len(jax.tree.leaves(parts)[0])
+    return count * elements(jax.tree.map(lambda leaf: leaf[0], parts)) / elements(batch)
 
 
 def _count_rows(batch: PyTree) -> int:
@@ -269,12 +293,25 @@ def _check(objective: CompositeLoss, x: PyTree, batch: PyTree) -> None:
                 )
 
 
+def _check_sums(plan: Plan, sums: Sums | None) -> None:
+    """Refuse what parts of another objective added up to."""
+    if sums is not None and len(sums.values) != len(plan.names):
+        raise ValueError(
+            f"add_part, finish_parts: the sums are of another objective, of {len(sums.values)} terms, and "
+            f"this one has {len(plan.names)}"
+        )
+
+
 def _check_all_there(sums: Sums) -> None:
     if sums.seen is None or sums.whole is None or isinstance(sums.seen, jax.core.Tracer):
         return
-    own, whole = int(sums.seen), int(sums.whole)
-    if own != whole:
-        raise ValueError(
-            f"finish_parts: {own} datums that count were added, and the whole batch has {whole}: "
-            + ("a part is missing" if own < whole else "a part was added twice, or is of another batch")
-        )
+    if sums.alike is not None and not bool(sums.alike):
+        raise ValueError("finish_parts: the parts are of several batches: they do not know the same totals")
+    for what, own, whole in zip(
+        ("datums that count", "real tokens"), np.asarray(sums.seen), np.asarray(sums.whole), strict=True
+    ):
+        if own != whole:
+            raise ValueError(
+                f"finish_parts: {own} {what} were added, and the whole batch has {whole}: "
+                + ("a part is missing" if own < whole else "a part was added twice, or is of another batch")
+            )

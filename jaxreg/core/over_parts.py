@@ -107,7 +107,7 @@ def sums_of(
         want = want._replace(ask=want.ask._replace(segments=part.segments))
     sums, per_datum = part_sums.of_part(terms, model, x, want)
     own, whole = seen(part)
-    return sums._replace(seen=own, whole=whole), (model.aux, per_datum)
+    return sums._replace(seen=own, whole=whole, alike=jnp.asarray(True)), (model.aux, per_datum)
 
 
 def states_of(plan: Plan, leaves: Leaves, state: PyTree) -> dict[str, PyTree]:

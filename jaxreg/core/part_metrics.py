@@ -34,7 +34,25 @@ def merged(a: Array, b: Array, kind: MetricKind) -> Array:
         return jnp.minimum(a, b)
     if kind == "root":
         return root_of_squares(a, b)
-    return b if kind == "same" else a + b
+    return b if kind == "same" else saturated_sum(a, b)
+
+
+def saturated_sum(a: Array, b: Array) -> Array:
+    """a + b, and the largest number where that would be infinite though both are finite, as of one batch."""
+    return _saturated(a + b, jnp.isfinite(a) & jnp.isfinite(b))
+
+
+def saturated_psum(value: Array, axis_name: Any) -> Array:
+    """`saturated_sum` over the devices of a mesh axis."""
+    odd = lax.psum(jnp.logical_not(jnp.isfinite(value)).astype(jnp.int32), axis_name)
+    return _saturated(lax.psum(value, axis_name), odd == 0)
+
+
+def _saturated(total: Array, finite: Array) -> Array:
+    if not jnp.issubdtype(total.dtype, jnp.floating):
+        return total
+    most = jnp.asarray(jnp.finfo(total.dtype).max, total.dtype)
+    return jnp.where(finite & jnp.isinf(total), jnp.sign(total) * most, total)
 
 
 def over_axis(metric: Array, kind: MetricKind, axis_name: Any) -> Array:
@@ -44,7 +62,7 @@ def over_axis(metric: Array, kind: MetricKind, axis_name: Any) -> Array:
     if kind in ("max", "same"):
         return lax.pmax(metric, axis_name)
     if kind != "root":
-        return lax.psum(metric, axis_name)
+        return saturated_psum(metric, axis_name)
     size = divisor(lax.pmax(jnp.abs(metric), axis_name))
     return size * _signed_root(lax.psum(_signed_square(metric / size), axis_name))
 

@@ -6,9 +6,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
+from jaxreg.base.shown import called
 from jaxreg.base.types import Array, PyTree
 from jaxreg.core import part_sums
 from jaxreg.core.bind import bind_terms
+from jaxreg.core.named import Regularizers
 from jaxreg.core.objective import CompositeLoss
 from jaxreg.core.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from jaxreg.core.part_sums import Sums, Want
@@ -36,7 +40,10 @@ def merge_outputs(
 
     Raises:
       ValueError: there is none; or of an objective whose parts cannot be told from their reports: norms of
-        the params' gradients do not add up, and an aggregator and stateful terms need all parts at once.
+        the params' gradients do not add up, nor do norms of some steps, or means of magnitudes that a rule
+        reads (``grad_abs_mean`` is None); an aggregator and stateful terms need all parts at once.
+
+    Reports do not tell whether all parts are there.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -71,6 +78,19 @@ def _refuse(plan: Plan, leaves: Leaves) -> None:
             "merge_outputs: norms of the params' gradients are not those of their parts; track them at the "
             "outputs, GradNorms(wrt='outputs'), or use jaxreg.accumulate"
         )
+    if plan.norms is not None and plan.norms.every > 1:
+        raise ValueError(
+            f"merge_outputs: of norms that are measured now and then, GradNorms(every={plan.norms.every}), "
+            f"reports carry old ones, which are the whole's and do not add up: leave every= out, use "
+            f"jaxreg.accumulate, or send one batch in several requests, requests=n"
+        )
+    rule = plan.rule(leaves)
+    if rule is not None and "absolutes" in rule.needs:
+        raise ValueError(
+            f"merge_outputs: the rule {called(rule)} reads mean magnitudes, which are by how many elements "
+            f"the parts had, and reports do not say that: use jaxreg.accumulate, or send one batch in "
+            f"several requests, requests=n"
+        )
     if plan.aggregator is not None:
         raise ValueError(
             "merge_outputs: an aggregator needs the gradients of all parts before it combines any: use "
@@ -93,7 +113,11 @@ def _merge(
         lambda a, b: part_sums.added(a, b, want), [_sums_of(plan, out, want) for out in batch]
     )
     terms = bind_terms(plan, leaves, None, state, key)
-    return report(plan, leaves, terms, part_sums.finished(terms, sums, x, want, None), state, ask, x, True)
+    out = report(plan, leaves, terms, part_sums.finished(terms, sums, x, want, None), state, ask, x, True)
+    # By how many elements the parts had, which no report says.
+    terms_out = {name: term.replace(grad_abs_mean=None) for name, term in out.regularizers.items()}  # type: ignore[attr-defined]
+    base = out.base_loss.replace(grad_abs_mean=None)  # type: ignore[attr-defined]
+    return out.replace(base_loss=base, regularizers=Regularizers(terms_out))  # type: ignore[attr-defined, no-any-return]
 
 
 def _sums_of(plan: Plan, out: CustomLossOutput, want: Want) -> Sums:
@@ -107,6 +131,6 @@ def _sums_of(plan: Plan, out: CustomLossOutput, want: Want) -> Sums:
     return sums._replace(
         norms=[term.grad_norm for term in own],
         total=out.total_grad_norm,
-        absolutes=[(t.grad_abs_max, t.grad_abs_mean) for t in own] if plan.norms.absolutes else None,
         gramian=out.gramian,
+        absolutes=[(t.grad_abs_max, jnp.zeros(())) for t in own] if plan.norms.absolutes else None,
     )

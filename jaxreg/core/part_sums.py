@@ -19,7 +19,16 @@ from jaxreg.base.types import Array, PyTree
 from jaxreg.core.gramian import gramian, products_of_trees
 from jaxreg.core.in_outputs import in_outputs, outputs_gramian
 from jaxreg.core.norms import GradNorms
-from jaxreg.core.part_metrics import ADDED, divisor, merged, over_axis, root_of_squares, whole_metrics
+from jaxreg.core.part_metrics import (
+    ADDED,
+    divisor,
+    merged,
+    over_axis,
+    root_of_squares,
+    saturated_psum,
+    saturated_sum,
+    whole_metrics,
+)
 from jaxreg.core.passes import Ask, BoundTerm, Norms, Pass, members, total_of
 from jaxreg.core.pullback import Model, pull_rows
 from jaxreg.core.sums import scales_of, weighted_sum, with_params_terms
@@ -39,8 +48,9 @@ class Sums(NamedTuple):
     absolutes: list[tuple[Array, Array]] | None = None
     gramian: Array | None = None  # of the outputs' gradients
     parts: Array | None = None  # how many
-    seen: Array | None = None  # datums that count (or equal parts), so far
+    seen: Array | None = None  # datums that count and real tokens (or equal parts), [2], so far
     whole: Array | None = None  # and in the whole batch
+    alike: Array | None = None  # whether all parts say the same of that
 
 
 class Want(NamedTuple):
@@ -196,7 +206,8 @@ def nothing(like: Sums, want: Want) -> Sums:
         {n: jnp.full_like(m, first.get(str(kinds.get(n)), 0)) for n, m in own.items()}
         for own, kinds in zip(zeros.metrics, want.kinds, strict=True)
     ]
-    return zeros._replace(metrics=metrics)
+    alike = None if like.alike is None else jnp.asarray(True)
+    return zeros._replace(metrics=metrics, alike=alike)
 
 
 def added(a: Sums, b: Sums, want: Want) -> Sums:
@@ -206,7 +217,7 @@ def added(a: Sums, b: Sums, want: Want) -> Sums:
         for ours, theirs, kinds in zip(a.metrics, b.metrics, want.kinds, strict=True)
     ]
     return Sums(
-        values=_add(a.values, b.values),
+        values=[saturated_sum(m, n) for m, n in zip(a.values, b.values, strict=True)],
         metrics=metrics,
         states=b.states,
         gradient=_add(a.gradient, b.gradient),
@@ -225,6 +236,7 @@ def added(a: Sums, b: Sums, want: Want) -> Sums:
         parts=_add(a.parts, b.parts),
         seen=_add(a.seen, b.seen),
         whole=b.whole,
+        alike=None if a.alike is None else a.alike & ((a.parts == 0) | jnp.all(a.whole == b.whole)),
     )
 
 
@@ -234,13 +246,13 @@ def over_devices(sums: Sums, want: Want, axis_name: Any) -> Sums:
         {n: over_axis(m, kinds.get(n), axis_name) for n, m in own.items()}
         for own, kinds in zip(sums.metrics, want.kinds, strict=True)
     ]
-    added_up = (sums.values, sums.gradient, sums.rows, sums.gramian, sums.parts, sums.seen)
-    values, gradient, rows, gram, parts, seen = lax.psum(added_up, axis_name)
+    added_up = (sums.gradient, sums.rows, sums.gramian, sums.parts, sums.seen)
+    gradient, rows, gram, parts, seen = lax.psum(added_up, axis_name)
     sizes = sums.absolutes
     if sizes is not None:
         sizes = [(lax.pmax(most, axis_name), lax.psum(mean, axis_name)) for most, mean in sizes]
     return Sums(
-        values=values,
+        values=[saturated_psum(value, axis_name) for value in sums.values],
         metrics=metrics,
         states=sums.states,
         gradient=gradient,
@@ -288,11 +300,16 @@ def finished(terms: Sequence[BoundTerm], sums: Sums, x: PyTree, want: Want, per_
         if combined is not None and ask.combines("outputs"):
             measured = measured._replace(total=_combined_length(combined.gramian, combined.coefficients))
         return done._replace(norms=measured)
+    # An aggregator needs whole rows; what is measured of them is what the norms' filter names.
+    named = select_leaves(x, ask.norms.params, "GradNorms(params=...)")
+    among = [yes for yes, held in zip(named, chosen, strict=True) if held]
+    rows = [[leaf for leaf, yes in zip(row, among, strict=True) if yes] for row in rows]
+    total = l2_norm([leaf for leaf, yes in zip(weighted, among, strict=True) if yes])
     by_term: list[Array | None] = [l2_norm(row) for row in rows]
     sized = [absolutes(row) if ask.norms.absolutes else None for row in rows]
     none: list[Array | None] = [None] * len(terms)
     gram = _rows_gramian(terms, rows, list(range(len(rows)))) if ask.norms.gramian else None
-    return done._replace(norms=Norms(by_term, none, list(sized), l2_norm(weighted), gram))
+    return done._replace(norms=Norms(by_term, none, list(sized), total, gram))
 
 
 def _members(terms: Sequence[BoundTerm], space: Any) -> list[int]:

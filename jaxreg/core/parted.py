@@ -10,6 +10,7 @@ from jaxreg.base.kinds import MetricKind
 from jaxreg.base.types import Array, PyTree, TermFn
 from jaxreg.batch.micro_batches import seen
 from jaxreg.batch.token_batch import TokenBatch
+from jaxreg.batch.totals import share_of
 from jaxreg.core.plan import Leaves, Plan, who
 from jaxreg.core.spec import Additive, check_additive
 
@@ -51,10 +52,7 @@ def of_part(call: Callable[[PyTree], Called], plan: Plan, i: int, fn: TermFn, ba
     share = _share(batch)
     value, metrics, state = call(_as_if_whole(batch))
     own = kinds_of(fn)
-    scaled = {
-        name: _shared(metric, own.get(name) if how == "approximate" else "same", share)
-        for name, metric in metrics.items()
-    }
+    scaled = {name: _shared(metric, own.get(name), share) for name, metric in metrics.items()}
     return value * share.astype(value.dtype), scaled, state
 
 
@@ -80,9 +78,8 @@ def _share(batch: PyTree) -> Array:
     """Which share of the whole's datums that count are in this part."""
     if isinstance(batch, TokenBatch):
         return batch.share()
-    own, whole = (count.astype(jnp.result_type(float)) for count in seen(batch))
-    alike = 1 / jnp.asarray(getattr(batch["totals"], "parts", 1))  # where nothing counts anywhere
-    return jnp.where(whole > 0, own / jnp.where(whole > 0, whole, 1), alike)
+    own, whole = seen(batch)
+    return share_of(own, whole, getattr(batch["totals"], "parts", 1))
 
 
 def _as_if_whole(batch: PyTree) -> PyTree:

@@ -39,6 +39,20 @@ def restored(first: PyTree, saved: PyTree) -> PyTree:
             f"restored takes a state that was saved, a dict of arrays, got {type(saved).__name__}"
         )
     _check_version(theirs)
+    for name in ("terms", "weights"):
+        if name in theirs and not isinstance(theirs[name], Mapping):
+            raise ValueError(
+                f"the saved state is of something else: its {name!r} is no dict by the terms' names, but "
+                f"{type(theirs[name]).__name__}"
+            )
+    if theirs and "step" in own and "step" not in theirs:
+        raise ValueError(
+            f"the saved state is cut, or of something else: it has {sorted(theirs)} and no 'step', which "
+            f"every state has"
+        )
+    step = theirs.get("step", 0)
+    if not isinstance(step, Mapping) and np.ndim(step) == 0 and step < 0:
+        raise ValueError(f"the saved state is of something else: its step is {step}")
     unknown = sorted(theirs.keys() - _KNOWN)
     if unknown:
         raise ValueError(
@@ -113,7 +127,13 @@ def _by_name(what: str, here: Mapping[str, Any], there: Mapping[str, Any], told:
 
 
 def _check_version(saved: Mapping[str, Any]) -> None:
-    version = int(np.asarray(saved.get("version", 0)))
+    held = np.asarray(saved.get("version", 0))
+    if held.shape or held.dtype.kind not in "iu":
+        raise ValueError(
+            f"the saved state is of something else: its version is a whole number, got {held.dtype} of shape "
+            f"{held.shape}"
+        )
+    version = int(held)
     if version > VERSION:
         raise ValueError(
             f"the saved state is of version {version}, and this jaxreg knows up to {VERSION}: it was "

@@ -16,8 +16,6 @@ from jaxreg.memory.wrapper import (
     Wrapper,
     check_decay,
     fixed,
-    mean_of,
-    moved,
     nothing_yet,
     with_array,
 )
@@ -39,7 +37,8 @@ class RunningAdvantages(Wrapper):
         deviation, both **True**.
       decay: what of the running means stays from step to step, **0.99**.
 
-    Metrics: the term's own; ``advantage_mean`` and ``advantage_square``, of this step, as they came.
+    Metrics: the term's own; of this step's advantages as they came, ``advantage_mean``, and
+    ``advantage_square``, their mean square about the running mean.
 
     Example:
       >>> import jax.numpy as jnp, jaxreg as jr
@@ -83,25 +82,35 @@ class RunningAdvantages(Wrapper):
                 f"RunningAdvantages: the batch has no array {self.advantages!r}; it has {sorted(batch)}"
             )
         given = jnp.asarray(batch[self.advantages])
+        given = given.astype(jnp.promote_types(given.dtype, jnp.float32))  # they may be whole numbers
         tokens = as_token_batch(batch, x, "RunningAdvantages")
-        mean, square = mean_of(state, "mean"), mean_of(state, "square")
-        own = given - mean if self.center else given
+        own = given - state["mean"] if self.center else given
         if self.scale:
-            spread = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
-            own = jnp.where((state["weight"] > 0) & (spread > 0), own / jnp.where(spread > 0, spread, 1), own)
-        value, metrics = self._inside(x, with_array(batch, self.advantages, own.astype(given.dtype)), asked)
+            spread = jnp.sqrt(state["square"])
+            own = jnp.where(spread > 0, own / jnp.where(spread > 0, spread, 1), own)
+        value, metrics = self._inside(x, with_array(batch, self.advantages, own), asked)
         return value, metrics | {
             "advantage_mean": tokens.mean(given),
-            "advantage_square": tokens.mean(jnp.square(given)),
+            "advantage_square": tokens.mean(jnp.square(given - state["mean"])),
         }
 
     def remember(
         self, state: dict[str, Array], *, value: Array, metrics: dict[str, Array], params: PyTree
     ) -> dict[str, Array]:
         """The whole batch's advantages are some more of those that they are measured by."""
-        return moved(
-            state, self.decay, mean=metrics["advantage_mean"], square=fixed(metrics["advantage_square"])
-        )
+        mean, square = fixed((metrics["advantage_mean"], metrics["advantage_square"]))
+        weight = self.decay * state["weight"] + (1 - self.decay)
+        share = (1 - self.decay) / weight  # of this step, in the mean so far
+        step = share * (mean - state["mean"])
+        # About the mean that was, then about the one that is: no difference of large squares (Welford 1962).
+        about = state["square"] + share * (square - state["square"])
+        following = {
+            "mean": state["mean"] + step,
+            "square": jnp.maximum(about - jnp.square(step), 0),
+            "weight": weight,
+        }
+        good = jnp.isfinite(mean) & jnp.isfinite(square)
+        return {n: jnp.where(good, new, state[n]).astype(state[n].dtype) for n, new in following.items()}
 
 
 register_fields(RunningAdvantages, ["term"], ["advantages", "center", "scale", "decay"])

@@ -25,7 +25,8 @@ class MovingReference(Wrapper):
     Args:
       term: a term that reads the batch's array of this name, such as ``regularizers.KL()``.
       forward: the model, the objective's own ``forward``.
-      params: the parameters that the reference begins with; its state is a copy of them.
+      params: the parameters that the reference begins with; its state is a copy of them, in float32 where
+        they are narrower.
       name: where the term looks for the reference, **"ref_logprobs"**.
       decay: what of the reference stays from step to step, **0.999**.
 
@@ -61,14 +62,17 @@ class MovingReference(Wrapper):
             raise TypeError(f"MovingReference: forward is the model, got {type(self.forward).__name__}")
 
     def init(self) -> dict[str, PyTree]:
-        """The parameters that it begins with."""
-        return {"params": self.params}
+        """The parameters that it begins with, in float32 or wider, in which small steps add up."""
+        return {"params": jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(_wide(leaf)), self.params)}
 
     def __call__(
         self, x: PyTree, batch: PyTree, *, state: dict[str, PyTree], params: PyTree, **asked: Any
     ) -> tuple[Array, dict[str, Array]]:
         """The term, beside the reference's outputs."""
-        reference = fixed(self.forward(fixed(state["params"]), batch))
+        own = jax.tree.map(
+            lambda leaf, like: leaf.astype(jnp.result_type(like)), state["params"], self.params
+        )
+        reference = fixed(self.forward(fixed(own), batch))
         if not isinstance(reference, jax.Array):
             raise TypeError(
                 f"MovingReference: forward gives {type(reference).__name__}, and a reference is one "
@@ -83,10 +87,13 @@ class MovingReference(Wrapper):
         """The reference follows the parameters of this step."""
 
         def follow(old: Array, new: Array) -> Array:
-            wide = jnp.promote_types(old.dtype, jnp.float32)
-            return (self.decay * old.astype(wide) + (1 - self.decay) * new.astype(wide)).astype(old.dtype)
+            return (self.decay * old + (1 - self.decay) * new.astype(old.dtype)).astype(old.dtype)
 
         return {"params": jax.tree.map(follow, state["params"], params)}
+
+
+def _wide(leaf: Array) -> Any:
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 register_fields(MovingReference, ["term", "params"], ["forward", "name", "decay"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from jax.sharding import PartitionSpec as P
 from library_cases import CASES
 from prepared import prepared
 
@@ -128,7 +129,7 @@ def test_pairs_are_packed_into_one_row_and_stay_there():
     total = sum(jr.losses.SimPO()(part["x"] - 2.0, part)[0] for part in batch.split(2))
     np.testing.assert_allclose(total, want, rtol=1e-6)
     moved = batch.replace(segment_ids=np.asarray([[1] * 5 + [0] * 15, [2] * 5 + [0] * 15], np.int32))
-    with pytest.raises(ValueError, match="pair 0 would be parted, its answers are in parts 0 and 1"):
+    with pytest.raises(ValueError, match=r"datums 0 to 1 belong together .* into the parts \[0, 1\]"):
         moved.split(2)
 
 
@@ -205,3 +206,33 @@ def test_check_term_tries_rows_that_hold_several_datums():
         jr.testing.check_term(by_row, batch["x"], batch)
     with pytest.raises(ValueError, match=r"or \[N\] = \(4,\) with .* got {'adv': \(3,\)}"):
         batch.with_arrays(adv=np.ones(3))
+
+
+def test_numbers_of_datums_are_not_cut_with_the_rows():
+    data = [{"x": np.full(n, float(n)), "reward": float(n)} for n in (4, 4, 4, 4, 2, 2, 1, 3)]
+    batch = jr.TokenBatch.pack(data, rows="packed", length_buckets=[4], row_buckets=[8])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def mean(batch):
+        batch = batch.with_totals(axis_name="data")
+        return jax.lax.psum(batch.datum_mean(batch["x"]), "data")
+
+    def over(specs):
+        return jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=(specs,), out_specs=P()))(batch)
+
+    with pytest.raises(
+        ValueError, match=r"several of 8 datums, .* was cut to \[4\]: .* in_specs=jax.tree.map"
+    ):
+        over(P("data"))
+    specs = jax.tree.map(lambda a: P("data") if a.ndim > 1 else P(), batch)
+    np.testing.assert_allclose(over(specs), batch.datum_mean(batch["x"]), rtol=1e-6)
+
+
+def test_few_rows_are_asked_for_though_there_are_many_datums():
+    batch = jr.TokenBatch.pack([{"x": np.ones(2)}] * 12, rows="packed", length_buckets=[8], row_buckets=[4])
+    assert batch.shape == (4, 8)
+    whole = jr.compose(jr.losses.SimPO(), forward=lambda w, batch: -w * batch["x"])
+    ids = np.asarray([[1, 2, 3, 0], [4, 0, 0, 0]], np.int32).repeat(2, axis=1)
+    apart = jr.TokenBatch.from_arrays(x=np.ones((2, 8)), segment_ids=ids)
+    with pytest.raises(ValueError, match=r"datums 2 to 3 belong together .* into the parts \[0, 1\]"):
+        jr.accumulate(whole, jnp.ones(()), apart, steps=2)

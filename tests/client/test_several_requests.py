@@ -121,6 +121,14 @@ def test_what_the_reports_cannot_say_is_refused():
     out = combined.value_and_grad(batch["ref_logprobs"], batch)[0][1]
     with pytest.raises(ValueError, match="an aggregator needs the gradients of all parts"):
         jr.merge_outputs(combined, [out])
+    for options, what in (
+        ({"track_grad_norms": jr.GradNorms(every=2)}, r"reports carry old ones, .* leave every= out"),
+        ({"weighting": jr.weighting.lr_annealing("kl")}, "the rule .* reads mean magnitudes"),
+    ):
+        refused = objective(**options)
+        out = refused.value_and_grad(batch["ref_logprobs"], batch, state=refused.init())[0][1]
+        with pytest.raises(ValueError, match=what):
+            jr.merge_outputs(refused, [out])
     judge = jr.host.HostRegularizer("judge", lambda data: 1.0, weight=1.0)
     with judge, pytest.raises(ValueError, match=r"host term 'judge': the data is a part.*additive=True"):
         jr.client.forward_backward_custom(

@@ -84,6 +84,10 @@ ASKED = {
         "aggregator": BySize(),
         "track_grad_norms": G(wrt="outputs", absolutes=True, per_datum=True),
     },
+    "outputs combined, some params measured": {
+        "aggregator": BySize(),
+        "track_grad_norms": G(params="head", gramian=True),
+    },
     "outputs combined, params measured": {"aggregator": BySize(), "track_grad_norms": True},
     "params combined": {"aggregator": BySize("params"), "track_grad_norms": G(gramian=True)},
 }
@@ -292,6 +296,22 @@ def test_one_program_for_all_numbers():
             ValueError,
             "datums that count were added, and the whole batch has .*: a part is missing",
         ),
+        (
+            lambda o: jr.finish_parts(objective_of(), jr.add_part(o, None, W, batch_of().split(2)[0]), W),
+            ValueError,
+            "the sums are of another objective, of 1 terms, and this one has 6",
+        ),
+        (
+            lambda o: jr.finish_parts(
+                o,
+                jr.add_part(
+                    o, jr.add_part(o, None, W, batch_of().split(2)[0]), W, batch_of(1, rows=4).split(2)[1]
+                ),
+                W,
+            ),
+            ValueError,
+            "the parts are of several batches",
+        ),
         (lambda o: jr.finish_parts(o, None, W), TypeError, "takes what add_part gave, got NoneType"),
     ],
 )
@@ -415,3 +435,38 @@ def test_an_aggregator_at_the_outputs_takes_the_memory_of_one_gradient():
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(x))
     assert held(aggregator=BySize()) < held() + size / 2
     assert held(aggregator=BySize("params")) > held() + 3 * size
+
+
+def test_what_saturates_in_one_batch_does_in_parts():
+    batch = jr.TokenBatch.from_arrays(x=jnp.full((4, 3), 2e38))
+    objective = jr.compose(capped)
+    (whole, _), _ = objective.value_and_grad(jnp.ones(()), batch)
+    (loss, _), _ = jr.accumulate(objective, jnp.ones(()), batch, steps=2)
+    assert loss == whole == np.finfo(np.float32).max
+
+
+def capped(x, batch):
+    return jnp.minimum(batch.sum(x * batch["x"]), np.finfo(np.float32).max)
+
+
+capped.additive = True
+
+
+def test_what_stands_where_nothing_counts_is_not_read():
+    batch = batch_of()
+    odd = batch.with_arrays(unwanted=jnp.where(batch.counted, batch["unwanted"], jnp.nan))
+    specs = [
+        dict(name="u", fn=jr.regularizers.Unlikelihood(candidates="unwanted", inputs="logits"), weight=1.0)
+    ]
+    objective = jr.compose(jr.losses.CrossEntropy(inputs="logits"), specs, forward=forward)
+    (loss, _), _ = jr.accumulate(objective, params(), odd, steps=2)
+    np.testing.assert_allclose(loss, objective(params(), odd)[0], rtol=1e-5)
+
+
+def test_a_term_on_params_is_counted_once_where_no_datum_counts():
+    data = [{"x": np.ones(2), "weights": np.zeros(2)}, {"x": np.ones(3), "weights": np.zeros(3)}]
+    decay = [dict(name="decay", fn=jr.regularizers.WeightL2(), weight=1.0)]
+    objective = jr.compose(jr.losses.CrossEntropy(), decay, forward=lambda w, batch: -w * batch["x"])
+    parts = [jr.TokenBatch.pack([own], totals_of=data) for own in data]
+    total = sum(objective(jnp.ones(()), part)[0] for part in parts)
+    np.testing.assert_allclose(total, objective(jnp.ones(()), jr.TokenBatch.pack(data))[0], rtol=1e-6)

@@ -221,3 +221,13 @@ def test_a_backward_that_cannot_be_vmapped_names_what_helps():
     (_, out), grads = objective(model, wrt="outputs").value_and_grad(jnp.ones(3), batch)
     close(out.total_grad_norm, 1.5 * np.sqrt(3))
     close(grads, 3 * np.ones(3))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("number", [0.0, 1e-30, 1e30])
+def test_of_one_number_in_many_places(number, x64):
+    """What XLA knows to be one number it may square together with its scale, which is 0·∞."""
+    with jax.enable_x64(x64):
+        dtype = jnp.result_type(float)
+        parts = jax.jit(lambda n: _in_three_ranges(False, (jnp.zeros(5, dtype), jnp.broadcast_to(n, (3, 4)))))
+        close(parts(jnp.asarray(number, dtype)), number * np.sqrt(12), rtol=1e-6)

@@ -186,3 +186,46 @@ def test_a_batch_without_advantages_is_told():
     objective = jr.compose(M.RunningAdvantages(term=jr.losses.PPO()))
     with pytest.raises(KeyError, match="RunningAdvantages: the batch has no array 'advantages'"):
         objective(-jnp.ones((1, 2)), {"logprobs": -jnp.ones((1, 2))}, state=objective.init())
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float16, np.float32])
+def test_advantages_far_from_0_keep_their_digits_whatever_their_dtype(dtype):
+    loss = M.RunningAdvantages(term=jr.losses.ImportanceSampling(), decay=0.5)
+    objective, x = jr.compose(loss), jnp.zeros((4, 1))
+    state, rng = objective.init(), np.random.default_rng(0)
+    for _ in range(30):
+        advantages = (10000 if dtype != np.float16 else 300) + rng.integers(-2, 3, 4)
+        batch = {"logprobs": x, "advantages": advantages.astype(dtype)}
+        last, state = state, objective.value_and_grad(x, batch, state=state)[0][1].state
+    spread = float(jnp.sqrt(last["terms"]["base_loss"]["square"]))
+    assert 0.9 < spread < 1.8  # of -2 … 2 it is √2
+    gradient = objective.value_and_grad(x, batch, state=last)[1]
+    own = (advantages - float(last["terms"]["base_loss"]["mean"])) / spread
+    np.testing.assert_allclose(gradient[:, 0], -own / 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_reference_of_narrow_params_moves_by_small_steps(dtype):
+    anchor = M.MovingReference(
+        term=jr.regularizers.KL(), forward=forward, params={"w": jnp.ones((D, V), dtype)}, decay=0.999
+    )
+    state, moved = anchor.init(), {"w": jnp.full((D, V), 2.0, dtype)}
+    for _ in range(100):
+        state = anchor.remember(state, value=0.0, metrics={}, params=moved)
+    np.testing.assert_allclose(state["params"]["w"], 2 - 0.999**100, rtol=1e-5)
+    objective = jr.compose(
+        jr.losses.CrossEntropy(inputs="logits"), [dict(name="a", fn=anchor, weight=1.0)], forward=forward
+    )
+    _, out = objective(moved, next(batches()), state=objective.init())
+    assert out.state["terms"]["a"]["params"]["w"].dtype == jnp.float32
+
+
+def test_a_scale_of_the_params_own_penalty_is_the_wholes_in_parts():
+    decay = dict(name="d", fn=M.RunningScale(term=jr.regularizers.WeightL2()), weight=0.1)
+    objective = jr.compose(jr.losses.CrossEntropy(inputs="logits"), [decay], forward=forward)
+    batch, state = next(batches()), objective.init()
+    _, want = objective(start(), batch, state=state)
+    (_, got), _ = jr.accumulate(objective, start(), batch, steps=3, state=state)
+    chex.assert_trees_all_close(
+        (got.state, got.regularizers["d"].custom), (want.state, want.regularizers["d"].custom), rtol=1e-5
+    )
