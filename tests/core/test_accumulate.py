@@ -114,7 +114,7 @@ def test_accumulated_is_whole(asked):
     agree(jr.accumulate(objective, x, batch, steps=3), want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("asked", ["no norms", "a filter, in chunks", "params combined"])
+@pytest.mark.parametrize("asked", ["a filter, in chunks", "params combined"])
 def test_a_python_loop_gives_the_same(asked):
     objective = objective_of(**ASKED[asked])
     x, batch = params(), batch_of(rows=9)
@@ -360,7 +360,7 @@ def test_random_composites_are_whole(drawn):
         if seed % 5 == 0:  # nothing counts
             batch = batch.replace(weights=jnp.zeros_like(batch.weights))
         want = objective.value_and_grad(x, batch)
-        agree(jr.accumulate(objective, x, batch, steps=steps), want, rtol=1e-9, atol=1e-10)
+        agree(jr.accumulate(objective, x, batch, steps=steps), want, rtol=1e-10, atol=1e-12)
 
 
 class Counter:
