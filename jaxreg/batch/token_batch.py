@@ -53,6 +53,7 @@ class TokenBatch(Parts, Mapping[str, Array]):
         `spread` puts it back on tokens. Else None.
       totals: where this is a part of a batch (`split`, `with_totals`, ``pack(..., totals_of=)``), the whole's
         `Totals`, which its means are divided by, so that the parts' values and gradients add up; else None.
+      room: how many datums the numbers in segment_ids are of, N; static. None where that is not known.
       local: whether means inside `jax.shard_map` are each device's own on purpose; see `as_local`.
 
     Make one with `pack` (ragged data), `pack_pairs`, or `from_arrays` (rectangular arrays).
