@@ -71,8 +71,7 @@ def seen(part: PyTree) -> tuple[Array, Array]:
     if isinstance(totals, EqualParts):
         return jnp.ones(2, jnp.int32), jnp.full(2, totals.count, jnp.int32)
     own = part.own_totals() if isinstance(part, TokenBatch) else _own(part)
-    counts = [jnp.stack([jnp.asarray(t.datums), jnp.asarray(t.tokens)]) for t in (own, totals)]
-    return counts[0].astype(jnp.int32), counts[1].astype(jnp.int32)
+    return own.counts(), totals.counts()
 
 
 def _rows(arrays: Mapping[str, Any]) -> int:

@@ -156,8 +156,7 @@ class Reductions:
         if self.totals is None:
             return jnp.ones((), jnp.result_type(float))
         own = jnp.stack([jnp.sum(self.datums_counted), jnp.sum(jnp.asarray(self.mask, jnp.int32))])
-        whole = jnp.stack([jnp.asarray(self.totals.datums), jnp.asarray(self.totals.tokens)])
-        return share_of(own, whole, self.totals.parts)
+        return share_of(own, self.totals.counts(), self.totals.parts)
 
     def _whole(self, totals: Totals, values: Array, weights: ArrayLike | None) -> tuple[Array, Array]:
         """Σ weight of the whole batch for values of this shape, and whether anything counts there."""

@@ -54,6 +54,10 @@ class Totals:
     parts: Array | int = 1
     reweighted: dict[str, Weighted] = flax.struct.field(default_factory=dict)
 
+    def counts(self) -> Array:
+        """int32 [2]: the datums that count, and the real tokens."""
+        return jnp.stack([jnp.asarray(self.datums), jnp.asarray(self.tokens)]).astype(jnp.int32)
+
     def pairs(self) -> Array:
         """How many pairs count, of a batch whose rows alternate, chosen and rejected."""
         return self.datums // 2
