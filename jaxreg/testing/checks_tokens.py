@@ -70,8 +70,9 @@ def layout(term: Subject) -> Iterator[str]:
         "on the left": [np.arange(length - len(r), length) for r in ranks],
         "between the tokens": [2 * np.arange(len(r)) + 1 for r in ranks],
     }
+    # Between the tokens there is room in a batch of twice the size, as `padding` tries: one program for both.
     answers = {
-        name: _moved(term, ranks, to, 2 * length if name == "between the tokens" else length)
+        name: _moved(term, ranks, to, times=2 if name == "between the tokens" else 1)
         for name, to in places.items()
     }
     want = answers.pop("on the right")
@@ -134,8 +135,8 @@ def weightless_datums(term: Subject) -> Iterator[str]:
     light = np.zeros(np.shape(term.batch.mask), bool)
     light[groups[chosen]] = True
     batch = _reweighted(term.batch, light)
-    others = np.delete(groups, chosen, axis=0).reshape(-1)
-    without = term.answer(term.x[others], jax.tree.map(lambda a: a[others], batch))
+    # Absent as padding is, which `padding` tried: no program of another shape.
+    without = term.answer(term.x, batch.replace(mask=jnp.asarray(np.asarray(batch.mask) & ~light)))
     got = term.answer(term.x, batch)
     what = difference(got, without)
     if what is None and (got.gradient[0][groups[chosen]] != 0).any():
@@ -155,21 +156,26 @@ def _counted(batch: TokenBatch) -> np.ndarray:
 
 
 def _reweighted(batch: Any, light: np.ndarray) -> Any:
-    weights = jnp.where(shaped(light, jnp.ndim(batch.weights)), 0, batch.weights)
-    return batch.replace(weights=weights)
+    weights = np.asarray(batch.weights)
+    light = shaped(light, weights.ndim)
+    return batch.replace(weights=jnp.asarray(np.where(light, np.zeros_like(weights), weights)))
 
 
-def _moved(term: Subject, ranks: list[np.ndarray], to: list[np.ndarray], length: int) -> Answer:
-    """The answer with every datum's real tokens at other places, its gradient back at the first ones."""
+def _moved(term: Subject, ranks: list[np.ndarray], to: list[np.ndarray], times: int) -> Answer:
+    """The answer with every datum's real tokens at other places, its gradient back at the first ones.
+
+    In a batch of `times` as many rows and tokens; the added ones are padding.
+    """
     rows = np.repeat(np.arange(len(ranks)), [len(r) for r in ranks])
     old, new = (rows, np.concatenate(ranks)), (rows, np.concatenate(to))
     shape = term.batch.shape
 
     def move(array: Any) -> Array:
         values = np.asarray(array)
+        wide = np.asarray(_extend(values, shape)) if times == 2 else values
         if values.shape[:2] != shape:
-            return jnp.asarray(array)
-        moved = np.zeros((shape[0], length, *values.shape[2:]), values.dtype)
+            return jnp.asarray(wide)
+        moved = np.zeros_like(wide)
         moved[new] = values[old]
         return jnp.asarray(moved)
 
@@ -189,8 +195,8 @@ def _fill(array: Any, mask: np.ndarray, garbage: float) -> Any:
         return array
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         garbage = 3
-    real = shaped(mask, jnp.ndim(array))
-    return jnp.where(real, array, jnp.asarray(garbage, jnp.result_type(array)))
+    values = np.asarray(array)
+    return jnp.asarray(np.where(shaped(mask, values.ndim), values, np.asarray(garbage, values.dtype)))
 
 
 def _extend(array: Any, shape: tuple[int, ...]) -> Any:
@@ -198,4 +204,4 @@ def _extend(array: Any, shape: tuple[int, ...]) -> Any:
     if jnp.shape(array)[:2] != shape[: jnp.ndim(array)]:
         return array
     pads = [(0, n) for n in shape[: jnp.ndim(array)]] + [(0, 0)] * (jnp.ndim(array) - 2)
-    return jnp.pad(jnp.asarray(array), pads)
+    return jnp.asarray(np.pad(np.asarray(array), pads))

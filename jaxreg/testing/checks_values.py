@@ -30,7 +30,8 @@ def finite_numbers(term: Subject) -> Iterator[str]:
 
 def transformations(term: Subject) -> Iterator[str]:
     """The value and the metrics are the same inside jit and vmap."""
-    plain, jitted = term.reported(term.x, term.batch), jax.jit(term.reported)(term.x, term.batch)
+    plain, answer = term.reported(term.x, term.batch), term.answer(term.x, term.batch)
+    jitted = jax.tree.map(np.float32, (answer.value, answer.metrics))
     if not _same(jitted, plain):
         yield (
             f"same under jit: {_shown(jitted)} with, {_shown(plain)} without; a term is a pure function of "
@@ -53,8 +54,7 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
     """Along random directions, one leaf at a time, in float64 for this block alone."""
     with jax.enable_x64(True):
         wide, batch = float64(term.x), float64(term.batch)
-        both = jax.jit(jax.value_and_grad(term.value))  # one program for the value, too
-        gradient = jax.tree.leaves(both(wide, batch)[1])
+        gradient = term.answer(wide, batch).gradient
         leaves: list[Array]
         treedef: Any
         leaves, treedef = jax.tree.flatten(wide)
@@ -67,12 +67,12 @@ def numerical_gradient(term: Subject) -> Iterator[str]:
                 direction *= shaped(mask, direction.ndim)
             # A step of 1e-6: the difference's own error is near 1e-9 for a value and curvature near 1.
             shifted = [
-                both(treedef.unflatten([*leaves[:i], leaves[i] + s * direction, *leaves[i + 1 :]]), batch)[0]
-                for s in (1e-6, -1e-6)
+                term.answer(treedef.unflatten([*leaves[:i], shifted_leaf, *leaves[i + 1 :]]), batch).value
+                for shifted_leaf in (leaves[i] + s * direction for s in (1e-6, -1e-6))
             ]
-            numerical = float(shifted[0] - shifted[1]) / 2e-6
-            exact = float(jnp.sum(jnp.real(gradient[i] * direction)))
-            if not np.isclose(exact, numerical, rtol=1e-5, atol=1e-6 * max(1.0, abs(float(shifted[0])))):
+            numerical = (shifted[0] - shifted[1]) / 2e-6
+            exact = float(np.sum(np.real(gradient[i] * direction)))
+            if not np.isclose(exact, numerical, rtol=1e-5, atol=1e-6 * max(1.0, abs(shifted[0]))):
                 yield (
                     f"gradient: along a random direction{of(path)} it is {exact}, by numerical differences "
                     f"{numerical}; a surrogate on purpose? then check_term(..., gradients=False)"

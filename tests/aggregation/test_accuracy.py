@@ -63,14 +63,15 @@ def errors(name):
     for kind in KINDS if name != "cagrad" else KINDS[:-1]:
         for count in COUNTS:
             rows = gradients(kind, count, CASES[count])
-            rows = rows[np.linalg.norm(rows, axis=(1, 2)) > 0]
-            if not len(rows):
-                continue
             coefficients, metrics = solve(np.einsum("nkd,nld->nkl", rows, rows).astype(np.float32))
-            got = np.einsum("nk,nkd->nd", np.asarray(coefficients, np.float64), rows)
+            some = np.linalg.norm(rows, axis=(1, 2)) > 0  # chosen afterwards: one program a count
+            if not some.any():
+                continue
+            rows = rows[some]
+            got = np.einsum("nk,nkd->nd", np.asarray(coefficients, np.float64)[some], rows)
             want = np.stack([oracle(row) for row in rows])
             size = np.maximum(np.linalg.norm(rows, axis=2).max(1), np.linalg.norm(want, axis=1))
-            residual = np.asarray(next(iter(metrics.values()))) if metrics else np.zeros(len(rows))
+            residual = np.asarray(next(iter(metrics.values())))[some] if metrics else np.zeros(len(rows))
             found.setdefault(kind, []).append((np.linalg.norm(got - want, axis=1) / size, residual))
     return {
         kind: [np.concatenate(part) for part in zip(*parts, strict=True)] for kind, parts in found.items()

@@ -1,5 +1,7 @@
 """What several test files share: a few terms, and gradients that are not ours."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,20 @@ def token_batch(rng, lengths=(5, 3, 7), **extra):
 
 def logprobs(rng, batch):
     return jnp.asarray(-rng.uniform(0.1, 3, batch.shape), jnp.float32)
+
+
+def graded(term, x, batch=None):
+    """``((value, metrics), gradient)`` of a built-in term: one program; eagerly each operation is one."""
+    leaves, treedef = jax.tree.flatten(term)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+    others = tuple(None if i in arrays else leaf for i, leaf in enumerate(leaves))
+    return _graded(treedef, others, arrays, x, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _graded(treedef, others, arrays, x, batch):
+    term = treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(others)])
+    return jax.value_and_grad(term, has_aux=True)(x, batch)
 
 
 def norm(tree):

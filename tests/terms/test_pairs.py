@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clients import Recorder, Scripted, make_data
-from helpers import close
+from helpers import close, graded
 
 import jaxreg as jr
 
@@ -55,7 +55,8 @@ def test_dpo_value_and_gradient(options, reference, x64):
         ref = np.zeros_like(ref)
     batch = jr.TokenBatch.from_arrays(weights=jnp.asarray(w), ref=jnp.asarray(ref))
     term = DPO(reference=reference, **options)
-    (value, metrics), slope = jax.value_and_grad(term, has_aux=True)(jnp.asarray(lp), batch)
+    (value, metrics), slope = graded(term, jnp.asarray(lp), batch)
+    slope = np.asarray(slope)
     close(value, oracle(lp, ref, w, **options), rtol=1e-12)
     for index in np.ndindex(lp.shape):
         step = np.zeros_like(lp)
@@ -114,8 +115,8 @@ def test_pairs_of_weight_zero_are_not_there(term):
     weights[4:] = 0
     some = jr.TokenBatch.from_arrays(weights=weights, ref_logprobs=ref)
     fewer = jr.TokenBatch.from_arrays(ref_logprobs=ref[:4])
-    value, slope = jax.value_and_grad(lambda x: term(x, some)[0])(jnp.asarray(lp, jnp.float32))
-    close(value, term(jnp.asarray(lp[:4], jnp.float32), fewer)[0])
+    (value, _), slope = graded(term, jnp.asarray(lp, jnp.float32), some)
+    close(value, graded(term, jnp.asarray(lp[:4], jnp.float32), fewer)[0][0])
     assert not np.asarray(slope[4:]).any()
 
 
@@ -130,12 +131,12 @@ def test_half_a_pair_is_refused(term, how):
         term(x, batch)
     with pytest.raises(ValueError, match="half a pair"):
         jax.grad(lambda x: term(x, batch)[0])(x)
-    value, slope = jax.jit(jax.value_and_grad(lambda x, b: term(x, b)[0]))(x, batch)
+    (value, _), slope = graded(term, x, batch)
     assert np.isnan(value)
     assert np.isnan(slope).any()
     good = jr.TokenBatch.from_arrays(**{how: np.ones_like(lp)}, ref_logprobs=ref)
     both = jax.tree.map(lambda *a: jnp.stack(a), batch, good)
-    values = jax.vmap(lambda b: term(x, b)[0])(both)
+    values = jax.jit(jax.vmap(lambda b: term(x, b)[0]))(both)
     assert np.isnan(values).tolist() == [True, False]
 
 
@@ -167,11 +168,12 @@ def test_pack_pairs_interleaves_and_remembers():
     assert batch.pairs.tolist() == [1, -1, 2, -2, 3, -3]
     jax.tree.map(np.testing.assert_array_equal, batch.replace(pairs=None), plain)
     x = jnp.asarray(batch["logprobs"])
-    close(DPO()(x, batch)[0], DPO()(x, plain)[0])
+    want = graded(DPO(), x, plain)[0][0]
+    close(graded(DPO(), x, batch)[0][0], want)
     more = jr.TokenBatch.pack_pairs(rows[0::2], rows[1::2], length_buckets=[16], row_buckets=[10])
     assert more.shape == (10, 16)
     assert more.pairs.tolist() == [1, -1, 2, -2, 3, -3, 0, 0, 0, 0]
-    close(DPO()(jnp.asarray(more["logprobs"]), more)[0], DPO()(x, plain)[0])
+    close(graded(DPO(), jnp.asarray(more["logprobs"]), more)[0][0], want)
 
 
 ORDERS = {
@@ -190,7 +192,7 @@ def test_rows_that_are_no_pairs_any_more_are_refused(term, order):
     x = jnp.asarray(broken["logprobs"])
     with pytest.raises(ValueError, match=r"its rows 0 and 1 are no pair"):
         term(x, broken)
-    value, slope = jax.jit(jax.value_and_grad(lambda x, b: term(x, b)[0]))(x, broken)
+    (value, _), slope = graded(term, x, broken)
     assert np.isnan(value)
     assert np.isnan(slope).any()
 
@@ -200,10 +202,9 @@ def test_pairs_stay_pairs_through_everything():
     x = jnp.asarray(batch["logprobs"])
     want, _ = DPO()(x, batch)
     order = np.array([4, 5, 0, 1, 2, 3])
-    close(DPO()(x[order], jax.tree.map(lambda a: a[order], batch))[0], want)
-    close(jax.jit(lambda x, b: DPO()(x, b)[0])(x, batch), want)
+    close(graded(DPO(), x[order], jax.tree.map(lambda a: a[order], batch))[0][0], want)
     two = jax.tree.map(lambda a: jnp.stack([a, a]), batch)
-    close(jax.vmap(lambda b: DPO()(x, b)[0])(two), [want, want])
+    close(jax.jit(jax.vmap(lambda b: DPO()(x, b)[0]))(two), [want, want])
     _, values = jax.lax.scan(lambda c, b: (c, DPO()(x, b)[0]), 0, two)
     close(values, [want, want])
     more = batch.with_arrays(extra=np.zeros(batch.shape))
@@ -275,8 +276,8 @@ def test_of_logits_they_take_the_answers_tokens(loss):
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
         return loss()(logprobs, batch)[0]
 
-    value, slope = jax.value_and_grad(lambda x: loss(inputs="logits")(x, batch)[0])(logits)
-    right, expected = jax.value_and_grad(of_logprobs)(logits)
+    (value, _), slope = graded(loss(inputs="logits"), logits, batch)
+    right, expected = jax.jit(jax.value_and_grad(of_logprobs))(logits)
     np.testing.assert_allclose(value, right, rtol=1e-6)
     np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"logits \[B, T, V\], got shape \(4, 3\)"):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close
+from helpers import close, graded
 
 import jaxreg as jr
 
@@ -83,13 +83,12 @@ def test_values_and_gradients_at_every_scale(name, scale):
     make, degree, formula = TERMS[name]
     term, w = make(), matrix()
     x = {"w": jnp.asarray(w * scale, jnp.float32)}
-    for call in (jax.value_and_grad(term, has_aux=True), jax.jit(jax.value_and_grad(term, has_aux=True))):
-        (value, metrics), gradient = call(x, None)
-        close(float(value) / scale**degree, formula(w), rtol=1e-5, atol=1e-5)
-        assert all(np.isfinite(m) for m in metrics.values())
-        direction = matrix(1)
-        got = (np.asarray(gradient["w"], np.float64) / scale ** (degree - 1) * direction).sum()
-        close(got, slope(formula, w, direction), rtol=1e-4, atol=1e-4)
+    (value, metrics), gradient = graded(term, x)
+    close(float(value) / scale**degree, formula(w), rtol=1e-5, atol=1e-5)
+    assert all(np.isfinite(m) for m in metrics.values())
+    direction = matrix(1)
+    got = (np.asarray(gradient["w"], np.float64) / scale ** (degree - 1) * direction).sum()
+    close(got, slope(formula, w, direction), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -97,13 +96,13 @@ def test_matrices_of_mixed_scales_zero_and_the_limits(name):
     make, degree, formula = MATRICES[name]
     parts = {"a": 1e-18 * matrix(0), "b": 1e18 * matrix(1), "c": 1e-34 * matrix(2)}
     x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), parts)
-    value, gradient = jax.value_and_grad(lambda x: make()(x, None)[0])(x)
+    (value, _), gradient = graded(make(), x)
     close(float(value) / 1e18**degree, sum(formula(w) for w in parts.values()) / 1e18**degree)
     if degree == 1:  # the gradient does not depend on the scale
         for leaf, seed in (("a", 0), ("b", 1), ("c", 2)):
             want = slope(formula, matrix(seed), matrix(3))
             close((np.asarray(gradient[leaf], np.float64) * matrix(3)).sum(), want, rtol=1e-4, atol=1e-4)
-    value, gradient = jax.value_and_grad(lambda x: make()(x, None)[0])({"w": jnp.zeros(SHAPE)})
+    (value, _), gradient = graded(make(), {"w": jnp.zeros(SHAPE)})
     assert float(value) == 0.0
     assert not np.asarray(gradient["w"]).any()
 
@@ -126,10 +125,10 @@ def test_a_stack_is_its_layers(name):
     x = {"blocks": jnp.asarray(stack, jnp.float32), "head": jnp.asarray(matrix(9), jnp.float32)}
     want = sum(formula(w) for w in [*stack, matrix(9)])
     unstacked = {"head": x["head"]} | {f"block{k}": x["blocks"][k] for k in range(3)}
-    plain, slopes = jax.value_and_grad(lambda p: make()(p, None)[0])(unstacked)
+    (plain, plain_metrics), slopes = graded(make(), unstacked)
     for layers in ({"blocks": 1}, {"b*": 1, "*": 0}, (("blocks", 1),)):
         term = make(layers=layers)
-        value, gradient = jax.jit(jax.value_and_grad(lambda p, t=term: t(p, None)[0]))(x)
+        (value, metrics), gradient = graded(term, x)
         close(value, want)
         close(value, plain)
         close(gradient["head"], slopes["head"], atol=1e-5)
@@ -137,9 +136,8 @@ def test_a_stack_is_its_layers(name):
         assert hash(term) == hash(make(layers=layers))
         assert dataclasses.replace(term) == term
     two = {"blocks": x["blocks"].reshape(1, 3, *SHAPE)}
-    close(make(layers=2)(two, None)[0], sum(formula(w) for w in stack))
-    metrics = make(layers={"blocks": 1})(x, None)[1]
-    for key, value in make()(unstacked, None)[1].items():
+    close(graded(make(layers=2), two)[0][0], sum(formula(w) for w in stack))
+    for key, value in plain_metrics.items():
         close(metrics[key], value)
 
 
@@ -154,9 +152,9 @@ def test_kernels_of_more_axes_say_what_they_are(name):
         }  # fmt: skip
         with pytest.raises(ValueError, match=r"'conv/kernel'.*\{'conv/kernel': 1\}.*\{'conv/kernel': 0\}"):
             make()(few, None)
-    close(make(layers=0)(x, None)[0], formula(kernel.reshape(-1, 5)))
-    close(make(layers={"conv": 0})(x, None)[0], formula(kernel.reshape(-1, 5)))
-    close(make(layers=1)(x, None)[0], sum(formula(k.reshape(-1, 5)) for k in kernel))
+    close(graded(make(layers=0), x)[0][0], formula(kernel.reshape(-1, 5)))
+    close(graded(make(layers={"conv": 0}), x)[0][0], formula(kernel.reshape(-1, 5)))
+    close(graded(make(layers=1), x)[0][0], sum(formula(k.reshape(-1, 5)) for k in kernel))
 
 
 def test_layers_that_make_no_sense():
@@ -190,6 +188,10 @@ def outputs(params, batch):
     return 100.0 * params["w"] @ jnp.ones(SHAPE[1])
 
 
+def of_params(params, batch):
+    return 0.0 * jnp.sum(params["w"])
+
+
 def zero(outputs, batch):
     return 0.0 * jnp.sum(outputs)
 
@@ -204,19 +206,20 @@ def test_a_term_on_parameters_lives_on_params(name):
         {"name": "t", "fn": make(), "weight": 1.0, "on": "params"},
         jr.RegularizerSpec(name="t", fn=make(), weight=1.0),
     ]
-    for spec in forms:
-        for track in (False, True, jr.GradNorms(wrt="outputs")):
-            objective = jr.compose(zero, [spec], forward=outputs, track_grad_norms=track)
-            (loss, out), grads = objective.value_and_grad(x)
-            close(loss, want)
-        assert "on params" in repr(objective)
-        assert out.regularizers["t"].grad_norm is None  # it has no outputs
-        # Where x is the params already, there is nothing to say.
-        (loss, out), _ = jr.compose(
-            lambda p, b: 0.0 * jnp.sum(p["w"]), [spec], track_grad_norms=True
-        ).value_and_grad(x)
+    for track in (False, True, jr.GradNorms(wrt="outputs")):
+        objectives = [jr.compose(zero, [spec], forward=outputs, track_grad_norms=track) for spec in forms]
+        (loss, out), grads = objectives[0].value_and_grad(x)
         close(loss, want)
-        assert out.regularizers["t"].grad_norm is not None
+        for objective in objectives:
+            assert "on params" in repr(objective)
+            assert objective.plan is objectives[0].plan  # the same program
+    assert out.regularizers["t"].grad_norm is None  # it has no outputs
+    # Where x is the params already, there is nothing to say.
+    plain = [jr.compose(of_params, [spec], track_grad_norms=True) for spec in forms]
+    (loss, out), _ = plain[0].value_and_grad(x)
+    close(loss, want)
+    assert out.regularizers["t"].grad_norm is not None
+    assert all(objective.plan is plain[0].plan for objective in plain)
     assert jr.RegularizerSpec(name="t", fn=make(), weight=1.0).on == "params"
 
 
@@ -298,7 +301,7 @@ def test_terms_of_complex_matrices(name):
     make, _, formula = TERMS[name]
     w = matrix(0, complex_=True)
     x = {"w": jnp.asarray(w, jnp.complex64)}
-    (value, metrics), gradient = jax.value_and_grad(make(), has_aux=True)(x, None)
+    (value, metrics), gradient = graded(make(), x)
     assert value.dtype == jnp.float32
     assert all(not jnp.iscomplexobj(m) for m in metrics.values())
     close(value, formula(w))

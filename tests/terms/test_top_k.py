@@ -35,9 +35,9 @@ def oracle(make, tail, x, q):
 
 
 @functools.cache
-def value_and_slope(make, tail):
-    """One program for all numbers."""
-    term = make(tail=tail)
+def value_and_slope(make, tail, reduction="token_mean"):
+    """One program for all numbers of one shape; out of jit every operation were one."""
+    term = make(tail=tail, reduction=reduction)
     return jax.jit(jax.value_and_grad(lambda a, t: term(a, {"teacher_logprobs": t})[0]))
 
 
@@ -61,14 +61,9 @@ def test_of_itself_it_is_0_and_of_others_never_below(make, tail, mass):
 @pytest.mark.parametrize("make", LOSSES)
 def test_it_is_the_formula(make, tail, mass):
     x, q = parts(mass), parts(min(1.1 * mass, 0.99), seed=3)
-    want = oracle(make, tail, x, q).sum()
-    arrays = {"teacher_logprobs": jnp.asarray(q, jnp.float32)}
-    for run in (lambda f: f, jax.jit):
-        close(
-            run(lambda x: make(tail=tail, reduction="token_sum")(x, arrays)[0])(jnp.asarray(x, jnp.float32)),
-            want,
-            rtol=1e-4,
-        )
+    x, q = jnp.asarray(x, jnp.float32), jnp.asarray(q, jnp.float32)
+    value, _ = value_and_slope(make, tail, "token_sum")(x, q)
+    close(value, oracle(make, tail, np.float64(x), np.float64(q)).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
@@ -77,9 +72,10 @@ def test_its_gradient_is_the_values(make, tail, x64):
     x, q = jnp.asarray(parts(0.7, rows=3)), jnp.asarray(parts(0.8, seed=5, rows=3))
 
     def loss(x):
-        return make(tail=tail)(x, {"teacher_logprobs": q})[0]
+        return take(x, q)[0]
 
-    slope, step = np.asarray(jax.grad(loss)(x)), 1e-6
+    take = value_and_slope(make, tail)
+    slope, step = np.asarray(take(x, q)[1]), 1e-6
     for i in np.ndindex(x.shape):
         close(
             slope[i], (loss(x.at[i].add(step)) - loss(x.at[i].add(-step))) / (2 * step), rtol=1e-5, atol=1e-8
@@ -90,17 +86,17 @@ def test_the_bucket_is_never_above_the_whole(x64):
     rng = np.random.default_rng(2)
     p, q = (special.log_softmax(rng.normal(size=(1, 50, 9)) * 2, -1) for _ in range(2))
     whole = special.rel_entr(np.exp(q), np.exp(p)).sum(-1)
+    take = value_and_slope(L.KLTopK, "bucket")
     for row in range(50):
         x, teacher = (jnp.asarray(a[:, row : row + 1, :4]) for a in (p, q))
-        assert float(L.KLTopK(tail="bucket")(x, {"teacher_logprobs": teacher})[0]) <= whole[0, row] + 1e-12
+        assert float(take(x, teacher)[0]) <= whole[0, row] + 1e-12
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("make", LOSSES)
 def test_a_sum_that_rounding_puts_above_1(make, dtype):
     x = jnp.log(jnp.full((1, 1, 3), 1 / 3, jnp.float32)).astype(dtype) + jnp.asarray(1e-3, dtype)
-    arrays = {"teacher_logprobs": jnp.log(jnp.array([[[0.5, 0.3, 0.1]]]))}
-    value, slope = jax.value_and_grad(lambda x: make(tail="bucket")(x, arrays)[0])(x)
+    value, slope = value_and_slope(make, "bucket")(x, jnp.log(jnp.array([[[0.5, 0.3, 0.1]]])))
     assert np.isfinite(value)
     assert value > 0
     assert np.isfinite(np.asarray(slope, np.float32)).all()
@@ -112,16 +108,15 @@ def test_slots_without_a_token(make, tail):
     x, q = parts(0.6, rows=1), parts(0.5, seed=4, rows=1)
     q[..., 1] = -np.inf
     nothing = np.full_like(q, -np.inf)
+    take = value_and_slope(make, tail)
     for teacher in (q, nothing):
-        value, slope = jax.value_and_grad(
-            lambda x, t=teacher: make(tail=tail)(x, {"teacher_logprobs": jnp.asarray(t, jnp.float32)})[0]
-        )(jnp.asarray(x, jnp.float32))
+        value, slope = take(jnp.asarray(x, jnp.float32), jnp.asarray(teacher, jnp.float32))
         assert np.isfinite(value)
         assert np.isfinite(slope).all()
     if make is L.ReverseKLTopK:  # the slot is no word: as if it were not there
         kept = [0, 2, 3]
-        short = make(tail=tail)(jnp.asarray(x[..., kept]), {"teacher_logprobs": jnp.asarray(q[..., kept])})[0]
-        close(make(tail=tail)(jnp.asarray(x), {"teacher_logprobs": jnp.asarray(q)})[0], short)
+        short, _ = take(*(jnp.asarray(a[..., kept], jnp.float32) for a in (x, q)))
+        close(take(*(jnp.asarray(a, jnp.float32) for a in (x, q)))[0], short)
 
 
 def test_a_tail_that_is_none_is_refused():

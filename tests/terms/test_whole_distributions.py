@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close
+from helpers import close, graded
 
 import jaxreg as jr
 
@@ -64,16 +64,16 @@ def test_of_any_leading_axes_it_is_the_formula(name, lead):
     n = int(np.prod(lead))
     want = np.average(values[:n], weights=WEIGHTS[:n])
     x = jnp.asarray(x, jnp.float32)
-    for run in (lambda f: f, jax.jit):
-        close(run(lambda x, b: term(x, b)[0])(x, arrays), want, rtol=1e-5)
-    slope = jax.grad(lambda x: term(x, arrays)[0])(x)
+    (value, _), slope = graded(term, x, arrays)
+    close(value, want, rtol=1e-5)
     assert np.isfinite(slope).all()
     if lead == (B,):
         assert not np.asarray(slope)[2].any()  # of weight 0
         (_, out), same = jr.compose(term, track_grad_norms=True).value_and_grad(x, arrays)
         close(same, slope)
         close(out.base_loss.grad_norm, np.linalg.norm(slope))
-        mapped = jax.vmap(lambda x, b: term(x, b)[0])(x, {k: a for k, a in arrays.items() if k != "weights"})
+        unweighted = {k: a for k, a in arrays.items() if k != "weights"}
+        mapped = jax.jit(jax.vmap(lambda x, b: term(x, b)[0]))(x, unweighted)
         close(mapped, values, rtol=1e-5)
 
 
@@ -129,8 +129,8 @@ def test_words_that_cannot_be_change_nothing(padding, dtype):
         lambda r: R.KL(reference=r, symmetric=True),
         lambda r: R.JS(reference=r),
     ):
-        (value, _), slope = jax.value_and_grad(make(ref), has_aux=True)(x, {})
-        (padded_value, _), padded_slope = jax.value_and_grad(make(padded_ref), has_aux=True)(padded, {})
+        (value, _), slope = graded(make(ref), x, {})
+        (padded_value, _), padded_slope = graded(make(padded_ref), padded, {})
         close(padded_value, value, rtol=1e-5)
         close(padded_slope[..., :4], slope, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4)
         assert not np.asarray(padded_slope[..., 4:], np.float32).any()
@@ -265,5 +265,5 @@ def test_divergences_differentiate_twice_and_forwards(kind, x64):
             "js": (kl(log_p, middle) + kl(log_q, middle)) / 2,
         }[kind]
 
-    close(jax.jacfwd(f)(x), jax.grad(by_hand)(x), rtol=1e-9, atol=1e-12)
-    close(jax.hessian(f)(x), jax.hessian(by_hand)(x), rtol=1e-9, atol=1e-12)
+    close(jax.jit(jax.jacfwd(f))(x), jax.jit(jax.grad(by_hand))(x), rtol=1e-9, atol=1e-12)
+    close(jax.jit(jax.hessian(f))(x), jax.jit(jax.hessian(by_hand))(x), rtol=1e-9, atol=1e-12)
