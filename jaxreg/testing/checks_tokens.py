@@ -136,7 +136,9 @@ def weightless_datums(term: Subject) -> Iterator[str]:
     light[groups[chosen]] = True
     batch = _reweighted(term.batch, light)
     # Absent as padding is, which `padding` tried: no program of another shape.
-    without = term.answer(term.x, batch.replace(mask=jnp.asarray(np.asarray(batch.mask) & ~light)))
+    mask = jnp.asarray(np.asarray(batch.mask) & ~light)
+    lengths = jnp.where(jnp.any(mask, axis=1), batch.lengths, 0)
+    without = term.answer(term.x, batch.replace(mask=mask, lengths=lengths))
     got = term.answer(term.x, batch)
     what = difference(got, without)
     if what is None and (got.gradient[0][groups[chosen]] != 0).any():

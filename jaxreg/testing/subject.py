@@ -38,10 +38,6 @@ class Subject:
         """The value and the metrics."""
         return call_term(self.fn, x, batch, self.extra, "the term")[:2]
 
-    def value(self, x: PyTree, batch: PyTree) -> Array:
-        """The value alone."""
-        return self.reported(x, batch)[0]
-
     def answer(self, x: PyTree, batch: PyTree) -> Answer:
         """The value, the metrics and the gradient."""
         (value, metrics), gradient = self._compiled(x, batch)

@@ -69,6 +69,11 @@ def by_row(x, b):
     return jnp.sum(b.datum_means(b.where(x) ** 2)) / jnp.maximum(jnp.sum(jnp.any(b.mask, axis=1)), 1)
 
 
+def by_lengths(x, b):
+    """A mean over the datums that have a length, some of which have no weight."""
+    return jnp.sum(b.datum_means(b.where(x) ** 2)) / jnp.maximum(jnp.sum(b.lengths > 0), 1)
+
+
 def hidden_branch(x, b):
     d = gap(x, b)
     return b.mean(jnp.where(jnp.abs(d) < 20, jnp.exp(d), 1.0))
@@ -91,6 +96,11 @@ BAD = {
     "weights ignored in a metric": (
         mask_metric,
         r"a token of weight 0 .* the metric 'lowest'.*batch\.weights",
+        {"weights": False},
+    ),
+    "datums of weight 0 in the denominator, by their lengths": (
+        by_lengths,
+        r"a datum of weight 0 is as if it were not there.*batch\.datum_mean",
         {"weights": False},
     ),
     "datums of weight 0 in the denominator": (
